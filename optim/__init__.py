@@ -1,0 +1,1 @@
+"""Optimizer arithmetic on the shards it is handed, and schedules indexed by tokens seen."""

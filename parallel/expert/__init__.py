@@ -1,0 +1,1 @@
+"""Expert parallelism: back ends of the model's token dispatcher protocol."""

@@ -1,0 +1,39 @@
+"""Packaging of expertpipe: `pip install -e .` gives the console command `expertpipe`.
+
+The import names are the literal folders, so the distribution is meant for a checkout or a cluster image, not for a
+package registry. Heavy back ends are extras; a machine without a GPU needs none of them.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="expertpipe",
+    version="0.1.0",
+    description="Pretraining of DeepSeek-V3-class mixture-of-experts models: DualPipe, expert parallelism, ZeRO-1, FP8",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[f"{name}*" for name in ("launcher", "parallel", "model", "optim", "data", "configs")]),
+    package_data={"configs": ["**/*.yaml"], **{name: ["py.typed"] for name in ("launcher", "parallel", "model", "optim", "data")}},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "numpy>=2",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",  # hydra-core 1.3 does not work with 2.4
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "matplotlib>=3.9",
+        "rich>=13",
+    ],
+    extras_require={
+        # NVIDIA's apex is not on a package registry (the `apex` there is an unrelated project): build it from source.
+        "gpu": ["transformer-engine[pytorch]>=2.8,<2.21", "wandb>=0.19"],
+        "deepspeed": ["deepspeed>=0.19,<0.20", "ninja"],
+        "megatron": ["megatron-core>=0.16,<0.20", "psutil"],
+        "wandb": ["wandb>=0.19"],
+        "test": [
+            "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.15", "pyright[nodejs]>=1.1.400", "import-linter>=2.1",
+            "transformers>=5,<6",
+        ],
+    },
+    entry_points={"console_scripts": ["expertpipe = launcher.__main__:main"]},
+)
