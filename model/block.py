@@ -1,0 +1,94 @@
+"""One transformer layer, as four phases that `parallel` may interleave with another chunk's; `forward` is the order.
+
+attend (attention, norms, router) -> dispatch -> experts -> combine (sum, shared experts, residual).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.dispatch import Dispatched, TokenDispatcher
+from model.experts import Experts
+from model.mla import MultiHeadLatentAttention
+from model.mlp import MLP
+from model.norm import RMSNorm
+from model.router import Router, Routing, attach_loss
+
+
+@dataclass(frozen=True)
+class Attended:
+    """State between attention and feed-forward: residual_BSD, the normed x_BSD, and the routing in a MoE layer."""
+
+    residual_BSD: Tensor
+    x_BSD: Tensor
+    routing: Routing | None
+
+
+class MoE(nn.Module):
+    """Shared experts on every token, routed experts on the tokens the router sends them (report eq. 12)."""
+
+    def __init__(self, config: ModelConfig, expert_ids: range, dispatcher: TokenDispatcher) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config.hidden_size, config.moe_intermediate_size, expert_ids)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+        self.dispatcher = dispatcher
+
+
+class Block(nn.Module):
+    """A layer: h + attention(norm(h)), then h + feed-forward(norm(h)), dense or mixture of experts."""
+
+    def __init__(
+        self, config: ModelConfig, *, moe: bool, expert_ids: range, dispatcher: TokenDispatcher | None
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if moe:
+            assert dispatcher is not None, "a MoE layer needs a dispatcher"
+            self.mlp: MoE | MLP = MoE(config, expert_ids, dispatcher)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, h_BSD: Tensor, rotations_SP: Tensor, share: float) -> Tensor:
+        """h_BSD -> [B, S, D]; share: weight of this micro-batch's mean losses in the global batch's."""
+        attended = self.attend(h_BSD, rotations_SP, share)
+        if not isinstance(self.mlp, MoE):
+            return attended.residual_BSD + self.mlp(attended.x_BSD)
+        dispatched = self.dispatch(attended)
+        rows_RD = self.experts(dispatched)
+        return self.combine(attended, rows_RD, dispatched)
+
+    def attend(self, h_BSD: Tensor, rotations_SP: Tensor, share: float) -> Attended:
+        """Attention and its residual, the second norm, and the router with its balance loss."""
+        residual_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), rotations_SP)
+        x_BSD = self.post_attention_layernorm(residual_BSD)
+        routing = None
+        if isinstance(self.mlp, MoE):
+            routing = self.mlp.gate(x_BSD.flatten(0, 1))
+            if self.training and self.mlp.gate.config.aux_loss_alpha:
+                x_BSD = attach_loss(x_BSD, self.mlp.gate.balance_loss(routing, len(x_BSD)), share)
+        return Attended(residual_BSD, x_BSD, routing)
+
+    def dispatch(self, attended: Attended) -> Dispatched:
+        """Send the tokens to their experts."""
+        assert isinstance(self.mlp, MoE) and attended.routing is not None
+        routing = attended.routing
+        return self.mlp.dispatcher.dispatch(attended.x_BSD.flatten(0, 1), routing.ids_TK, routing.weights_TK)
+
+    def experts(self, dispatched: Dispatched) -> Tensor:
+        """Routed experts on what arrived: rows [R, D]."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.experts(dispatched.rows_RD, dispatched.weights_R, dispatched.counts)
+
+    def combine(self, attended: Attended, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
+        """Bring the rows back, add shared experts and residual: [B, S, D]."""
+        assert isinstance(self.mlp, MoE)
+        out_BSD = self.mlp.dispatcher.combine(rows_RD, dispatched.handle).view_as(attended.x_BSD)
+        if self.mlp.shared_experts is not None:
+            out_BSD = out_BSD + self.mlp.shared_experts(attended.x_BSD)
+        return attended.residual_BSD + out_BSD

@@ -1,0 +1,89 @@
+"""Multi-head latent attention (report section 2.1.1, eq. 1-11).
+
+Keys and values come from a latent of kv_lora_rank numbers a token, queries from one of q_lora_rank; position enters
+through qk_rope_head_dim extra dimensions, of which the key has one copy for all heads.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.linear import Linear
+from model.norm import RMSNorm
+from model.rope import rotate, softmax_scale
+
+
+class _Assemble(torch.autograd.Function):
+    """Heads for the attention kernel from the projections, position applied, in one pass each way.
+
+    q_BSHX (X = N + P), kv_BSHY (Y = N + V), k_BSP -> q, k [B, H, S, X] and v [B, H, S, value_dim], zero beyond V.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BSHX: Tensor, kv_BSHY: Tensor, k_BSP: Tensor, rotations_SP: Tensor, nope: int, value_dim: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, S, H, X = q_BSHX.shape
+        q_BHSX, k_BHSX = q_BSHX.new_empty(B, H, S, X), q_BSHX.new_empty(B, H, S, X)
+        v_BHSV = q_BSHX.new_zeros(B, H, S, value_dim)
+        q, k, v = q_BHSX.transpose(1, 2), k_BHSX.transpose(1, 2), v_BHSV.transpose(1, 2)
+        q[..., :nope] = q_BSHX[..., :nope]
+        q[..., nope:] = rotate(q_BSHX[..., nope:], rotations_SP)
+        k[..., :nope] = kv_BSHY[..., :nope]
+        k[..., nope:] = rotate(k_BSP.unsqueeze(2), rotations_SP)
+        v[..., : kv_BSHY.shape[3] - nope] = kv_BSHY[..., nope:]
+        ctx.save_for_backward(rotations_SP)
+        ctx.nope, ctx.value = nope, kv_BSHY.shape[3] - nope
+        return q_BHSX, k_BHSX, v_BHSV
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
+        (rotations_SP,) = ctx.saved_tensors
+        nope, back = ctx.nope, rotations_SP.conj()
+        q_BSHX = torch.empty(grad_q.shape, dtype=grad_q.dtype, device=grad_q.device)
+        q_BSHX[..., :nope] = grad_q[..., :nope]
+        q_BSHX[..., nope:] = rotate(grad_q[..., nope:], back)
+        kv_BSHY = grad_k.new_empty(*grad_k.shape[:3], nope + ctx.value)
+        kv_BSHY[..., :nope] = grad_k[..., :nope]
+        kv_BSHY[..., nope:] = grad_v[..., : ctx.value]
+        k_BSP = rotate(grad_k[..., nope:].sum(2, keepdim=True, dtype=torch.float32), back).squeeze(2)
+        return q_BSHX, kv_BSHY, k_BSP.to(grad_k.dtype), None, None, None
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Causal self-attention over each sequence of the micro-batch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c, heads = config, config.num_attention_heads
+        self.num_heads, self.nope, self.value, self.kv_rank = heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)  # latent norms keep 1e-6 whatever rms_norm_eps is
+            self.q_b_proj = Linear(c.q_lora_rank, heads * c.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, 1e-6)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
+        self.scale = softmax_scale(config)
+
+    def forward(self, x_BSD: Tensor, rotations_SP: Tensor) -> Tensor:
+        """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions."""
+        if hasattr(self, "q_proj"):
+            q = self.q_proj(x_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
+        q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
+        # CPU flash attention wants one head size; a GPU's takes the value's own.
+        value_dim = self.value if x_BSD.is_cuda else max(self.value, q_BSHX.shape[3])
+        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, value_dim)  # type: ignore
+        out_BHSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return self.o_proj(out_BHSV[..., : self.value].transpose(1, 2).flatten(2))

@@ -1,0 +1,53 @@
+"""SwiGLU: silu(gate) * up, and the dense feed-forward block made of it (also the shared experts)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.linear import Linear
+
+
+class _SwiGLU(torch.autograd.Function):
+    """gate_up [..., 2F] and optionally one weight a row [...] -> silu(gate) * up * weight [..., F]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = F.silu(gate).mul_(up)
+        return out if weights is None else out.mul_(weights.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (grad_out,) = grads
+        gate_up, weights = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        activated, grad_weights = F.silu(gate), None
+        if weights is not None:
+            grad_weights = torch.linalg.vecdot(grad_out.float(), (activated * up).float()).to(weights.dtype)
+            grad_out = grad_out * weights.unsqueeze(-1).to(grad_out.dtype)
+        torch.mul(grad_out, activated, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_out).mul_(up), gate))
+        return grad_gate_up, grad_weights
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of gate_up [..., 2F] (gate first), each row times its entry of `weights` if given."""
+    return _SwiGLU.apply(gate_up, weights)  # type: ignore[return-value]
+
+
+class MLP(nn.Module):
+    """Dense SwiGLU feed-forward: down(silu(gate(x)) * up(x)), gate and up as one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
