@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weight_grad import WeightGradSink, Weighted, add_product
+from model.weight_grad import Weighted, WeightGradSink, add_product
 
 
 class _Linear(torch.autograd.Function):

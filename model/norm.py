@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.weight_grad import WeightGradSink, Weighted
+from model.weight_grad import Weighted, WeightGradSink
 
 
 class _RMSNorm(torch.autograd.Function):

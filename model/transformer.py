@@ -19,7 +19,7 @@ from model.loss import IGNORED, head_loss
 from model.mtp import MTPModule
 from model.norm import RMSNorm
 from model.rope import rotations
-from model.weight_grad import WeightGradSink, Weighted
+from model.weight_grad import Weighted, WeightGradSink
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Messages between pipeline ranks: receives posted early in the sender's order, sends waited late.
+
+Messages of a pair of ranks match by order, so the receiver reads the sender's own schedule and posts its receives in
+exactly that order, a few ahead of need, whatever order it consumes them in.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Groups, Mesh
+from parallel.pipeline.actions import Message, Schedule
+
+
+class PipelineError(RuntimeError):
+    """A peer that did not answer; the message names it, the action and the micro-batch."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    tensor: Tensor
+    work: dist.Work
+
+
+class Mailbox:
+    """One rank's messages of one step.
+
+    shape: of a message's tensor. ahead: receives posted beyond the one needed, for each source.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        mesh: Mesh,
+        groups: Groups,
+        *,
+        shape: Callable[[Message], tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+        ahead: int = 4,
+    ) -> None:
+        self._schedule, self._mesh, self._groups = schedule, mesh, groups
+        self._shape, self._dtype, self._device, self._ahead = shape, dtype, device, ahead
+        me = mesh.pipeline_rank
+        self._expected: dict[int, deque[Message]] = {
+            source: deque(schedule.messages_from(source).get(me, [])) for source in range(schedule.num_ranks)
+        }
+        self._source = {message: source for source, queue in self._expected.items() for message in queue}
+        self._posted: dict[Message, _Pending] = {}
+        self._local: dict[Message, Tensor] = {}
+        self._sending: deque[tuple[Message, _Pending]] = deque()
+        for source in self._expected:
+            self._post(source, self._ahead)
+
+    def _group(self, source: int, destination: int) -> dist.ProcessGroup:
+        return self._groups.down if source < destination else self._groups.up
+
+    def _post(self, source: int, number: int) -> None:
+        me = self._mesh.pipeline_rank
+        queue = self._expected[source]
+        while queue and number > 0 and source != me:
+            message = queue.popleft()
+            tensor = torch.empty(self._shape(message), dtype=self._dtype, device=self._device)
+            peer = self._mesh.rank_at(source, self._mesh.data_rank)
+            work = dist.irecv(tensor, src=peer, group=self._group(source, me))
+            assert work is not None
+            self._posted[message] = _Pending(tensor, work)
+            number -= 1
+
+    def receive(self, message: Message) -> Tensor:
+        """The tensor of a message, waiting for it if need be; PipelineError if its sender fails."""
+        if message in self._local:
+            return self._local.pop(message)
+        source = self._source[message]
+        while message not in self._posted:
+            self._post(source, 1)
+        pending = self._posted.pop(message)
+        self._post(source, 1)
+        self._wait(pending, f"waited for {_words(message)} from pipeline rank {source}", source)
+        return pending.tensor
+
+    def send(self, message: Message, tensor: Tensor) -> None:
+        """Start sending; the tensor must not change until `finish`."""
+        destination, me = self._schedule.consumer(message), self._mesh.pipeline_rank
+        tensor = tensor.detach()
+        if destination == me:
+            self._local[message] = tensor
+            return
+        peer = self._mesh.rank_at(destination, self._mesh.data_rank)
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, dst=peer, group=self._group(me, destination))
+        assert work is not None
+        self._sending.append((message, _Pending(tensor, work)))
+        while self._sending and self._sending[0][1].work.is_completed():
+            self._sending.popleft()
+
+    def finish(self) -> None:
+        """Wait for all sends of the step."""
+        while self._sending:
+            message, pending = self._sending.popleft()
+            destination = self._schedule.consumer(message)
+            self._wait(pending, f"sent {_words(message)} to pipeline rank {destination}", destination)
+
+    def _wait(self, pending: _Pending, doing: str, peer: int) -> None:
+        try:
+            pending.work.wait()
+        except RuntimeError as error:
+            rank = self._mesh.rank_at(peer, self._mesh.data_rank)
+            raise PipelineError(f"rank {self._mesh.rank} {doing} (rank {rank}): {error}") from error
+
+
+def _words(message: Message) -> str:
+    kind = "activation" if message.kind == "F" else "gradient"
+    return f"the {kind} for stage {message.stage} micro-batch {message.microbatch}"
