@@ -12,8 +12,13 @@ setup(
     description="Pretraining of DeepSeek-V3-class mixture-of-experts models: DualPipe, expert parallelism, ZeRO-1, FP8",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=[f"{name}*" for name in ("launcher", "parallel", "model", "optim", "data", "configs")]),
-    package_data={"configs": ["**/*.yaml"], **{name: ["py.typed"] for name in ("launcher", "parallel", "model", "optim", "data")}},
+    packages=find_packages(
+        include=[f"{name}*" for name in ("launcher", "parallel", "model", "optim", "data", "configs")]
+    ),
+    package_data={
+        "configs": ["**/*.yaml"],
+        **{name: ["py.typed"] for name in ("launcher", "parallel", "model", "optim", "data")},
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "numpy>=2",
@@ -23,6 +28,7 @@ setup(
         "tokenizers>=0.21",
         "matplotlib>=3.9",
         "rich>=13",
+        "pyyaml>=6",
     ],
     extras_require={
         # NVIDIA's apex is not on a package registry (the `apex` there is an unrelated project): build it from source.
@@ -31,7 +37,12 @@ setup(
         "megatron": ["megatron-core>=0.16,<0.20", "psutil"],
         "wandb": ["wandb>=0.19"],
         "test": [
-            "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.15", "pyright[nodejs]>=1.1.400", "import-linter>=2.1",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "hypothesis>=6",
+            "ruff>=0.15",
+            "pyright[nodejs]>=1.1.400",
+            "import-linter>=2.1",
             "transformers>=5,<6",
         ],
     },

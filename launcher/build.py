@@ -1,0 +1,83 @@
+"""The one construction order: mesh, schedule, groups, stages, ZeRO-1, optimizer, data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from data.loader import Loader
+from launcher.config import RunConfig
+from launcher.runtime import Process
+from optim.adamw import AdamW
+from parallel.apply import Layout, LocalModel, build_local_model
+from parallel.mesh import Groups, Mesh
+from parallel.pipeline.actions import Action
+from parallel.pipeline.executor import Executor
+from parallel.pipeline.schedules import build as build_schedule
+from parallel.pipeline.split import split_layers
+from parallel.zero1 import Zero1
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Progress:
+    """How far the run is: completed steps, tokens trained on, samples taken from the data. The whole data state."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training step of one rank works with."""
+
+    config: RunConfig
+    process: Process
+    mesh: Mesh
+    groups: Groups
+    layout: Layout
+    model: LocalModel
+    executor: Executor
+    zero1: Zero1
+    optimizer: AdamW
+    loader: Loader
+    progress: Progress
+
+
+def plan_layout(config: RunConfig) -> Layout:
+    """Schedule and stages of the run; pure."""
+    schedule = build_schedule(
+        config.parallel.schedule, num_ranks=config.parallel.pipeline, num_microbatches=config.num_microbatches
+    )
+    stages = split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
+    return Layout(schedule, stages, has_mtp=config.model.num_nextn_predict_layers > 0)
+
+
+def build(
+    config: RunConfig, process: Process, *, on_action: Callable[[Action], None] = lambda action: None
+) -> Run:
+    """Construct one rank's part of the run, freshly initialised."""
+    mesh = Mesh(config.parallel, process.rank)
+    layout = plan_layout(config)
+    timeout = timedelta(seconds=config.train.timeout_seconds)
+    groups = Groups(mesh, layout.holder_sets(), timeout=timeout)
+    dtype = DTYPES[config.train.precision]
+    model = build_local_model(
+        config.model, layout, mesh, groups, dtype=dtype, device=process.device, seed=config.train.seed
+    )
+    zero1 = Zero1(model.parameters.values())
+    optimizer = AdamW(
+        [bucket.master for bucket in zero1.buckets],
+        [bucket.grad for bucket in zero1.buckets],
+        [bucket.decay for bucket in zero1.buckets],
+        config.optim,
+    )
+    executor = Executor(
+        layout.schedule, mesh, groups, model.stages, dtype=dtype, device=process.device, on_action=on_action
+    )
+    return Run(
+        config, process, mesh, groups, layout, model, executor, zero1, optimizer, Loader(config.data), Progress()
+    )

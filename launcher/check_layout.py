@@ -1,0 +1,157 @@
+"""What can be wrong in the layout of a run: ranks against layers, experts, batch and pipeline schedule; no torch.
+
+Rules as in launcher/check.py: pure functions from the configuration to messages that name key, value and remedy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from launcher.config import RunConfig
+
+
+def check_experts(config: RunConfig) -> list[str]:
+    """Experts spread evenly over the expert axis, which lies inside the data axis."""
+    expert, data, routed = config.parallel.expert, config.parallel.data, config.model.n_routed_experts
+    if min(expert, data, routed) < 1:
+        return []
+    both = [n for n in divisors(routed) if data % n == 0]
+    found = []
+    if routed % expert:
+        good = both if len(both) > 1 else divisors(routed)
+        found.append(f"parallel.expert={expert} does not divide model.n_routed_experts={routed}: use {either(good)}")
+    if data % expert:
+        found.append(f"parallel.expert={expert} does not divide parallel.data={data}: use {either(both)}")
+    return found
+
+
+def check_batch(config: RunConfig) -> list[str]:
+    """The batch of a step splits into whole micro-batches on every data rank."""
+    batch, micro, data = config.train.global_batch_size, config.train.micro_batch_size, config.parallel.data
+    if min(batch, micro, data) < 1 or batch % (micro * data) == 0:
+        return []
+    samples, pipeline, whole = micro * data, config.parallel.pipeline, batch // (micro * data)
+    below = range(whole, max(0, whole - 2 * min(pipeline, config.model.num_hidden_layers)), -1)
+    searches = (below, _more_microbatches(config, whole))
+    fits = [next((n for n in counts if _schedule_error(config, pipeline, n) is None), 0) for counts in searches]
+    near = [n * samples for n in fits if n] or [n * samples for n in (whole, whole + 1) if n]
+    return [
+        f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} * parallel.data={data} "
+        f"= {samples}: use {either(near)}"
+    ]
+
+
+def check_schedule(config: RunConfig) -> list[str]:
+    """The pipeline schedule exists for this many ranks and micro-batches."""
+    from parallel.pipeline.schedules import SCHEDULES
+
+    parallel, train = config.parallel, config.train
+    samples = train.micro_batch_size * parallel.data
+    if parallel.schedule not in SCHEDULES or min(parallel.pipeline, samples, train.global_batch_size) < 1:
+        return []
+    if parallel.pipeline > config.model.num_hidden_layers or train.global_batch_size % samples:
+        return []  # another rule says so
+    count = config.num_microbatches
+    reason = _schedule_error(config, parallel.pipeline, count) if count else "a step needs at least one micro-batch"
+    if reason is None:
+        return []
+    more = _more_microbatches(config, count)
+    works = next((n for n in more if _schedule_error(config, parallel.pipeline, n) is None), None)
+    advice = f"; train.global_batch_size={works * samples} would give {works}" if works else ""
+    return [
+        f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} and {count} micro-batches "
+        f"(train.global_batch_size={train.global_batch_size} / (train.micro_batch_size={train.micro_batch_size} * "
+        f"parallel.data={parallel.data})): {reason}{advice}"
+    ]
+
+
+def _more_microbatches(config: RunConfig, count: int) -> range:
+    """Counts above `count` among which a schedule finds one that suits it: twice the ranks and some is enough."""
+    ranks = min(config.parallel.pipeline, config.model.num_hidden_layers)
+    return range(count + 1, max(count, 2 * ranks) + 2 * ranks + 1)
+
+
+def _schedule_error(config: RunConfig, num_ranks: int, num_microbatches: int) -> str | None:
+    from parallel.pipeline.schedules import build
+
+    if num_ranks > config.model.num_hidden_layers:
+        return "more ranks than layers"  # building a schedule of thousands of ranks would only cost time
+    if num_microbatches > 4096:  # schedules ask for a least count and for divisibility: a smaller one stands for it
+        num_microbatches = 2048 // (2 * num_ranks) * 2 * num_ranks + num_microbatches % (2 * num_ranks)
+    try:
+        build(config.parallel.schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_stages(config: RunConfig) -> list[str]:
+    """Every pipeline stage gets at least one layer, and stages given by hand add up."""
+    from parallel.pipeline.split import split_layers
+
+    stages, layers, given = config.parallel.pipeline, config.model.num_hidden_layers, config.parallel.layers_per_stage
+    if min(stages, layers) < 1:
+        return []
+    if stages > layers:
+        most = layers - bool(_schedule_error(config, layers, 4 * layers))  # DualPipe needs an even number
+        return [
+            f"parallel.pipeline={stages} is more than model.num_hidden_layers={layers}, and each stage needs a layer: "
+            f"use {most} or fewer"
+        ]
+    found = []
+    if given is not None:
+        key = f"parallel.layers_per_stage={_list(given)}"
+        even = _list([(layers + i) // stages for i in reversed(range(stages))])
+        if len(given) != stages:
+            found.append(f"{key} has {len(given)} numbers for parallel.pipeline={stages} stages: use {even}")
+        elif sum(given) != layers:
+            found.append(f"{key} adds up to {sum(given)}, model.num_hidden_layers={layers}: use {even}")
+        elif min(given) < 1:
+            found.append(f"{key} leaves a stage without a layer: use {even}")
+    if found:
+        return found
+    try:
+        split_layers(config.model, stages, given)
+    except ValueError as error:
+        return [f"parallel.pipeline={stages}, model.num_hidden_layers={layers}: {error}"]
+    return []
+
+
+def check_world_size(config: RunConfig, world_size: int) -> list[str]:
+    """The processes that were started are as many as the layout has ranks."""
+    parallel = config.parallel
+    if world_size == parallel.world_size or min(parallel.pipeline, parallel.data) < 1:
+        return []
+    fitting = [f"parallel.pipeline={p} parallel.data={d}" for p, d in _layouts(config, world_size)]
+    advice = f", or set {' or '.join(fitting)}" if fitting else ""
+    return [
+        f"{world_size} processes were started, parallel.pipeline={parallel.pipeline} * parallel.data={parallel.data} "
+        f"needs {parallel.world_size}: start {parallel.world_size}{advice}"
+    ]
+
+
+def _layouts(config: RunConfig, world_size: int) -> list[tuple[int, int]]:
+    """At most three (pipeline, data) with this many ranks on which nothing else would be wrong, nearest first."""
+    fitting = []
+    for pipeline in sorted(divisors(world_size), key=lambda n: abs(n - config.parallel.pipeline)):
+        layout = replace(config.parallel, pipeline=pipeline, data=world_size // pipeline)
+        other = replace(config, parallel=layout)
+        if not any(rule(other) for rule in (check_experts, check_batch, check_stages, check_schedule)):
+            fitting.append((pipeline, world_size // pipeline))
+    return fitting[:3]
+
+
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide `number`, ascending."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
+
+
+def either(values: Sequence[object]) -> str:
+    """`a, b or c`."""
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, numbers)) + "]"

@@ -1,0 +1,50 @@
+"""The process as torch sees it: rank, device, threads and process group, from the environment of the launcher."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from launcher.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the run's; device: where its tensors live."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def _device(choice: str, local_rank: int) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(train: TrainConfig) -> Iterator[Process]:
+    """Join the run described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or stand alone without them.
+
+    gloo on CPUs, NCCL on GPUs. The group is destroyed on the way out, unless an error passes: other ranks may then
+    never answer.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = _device(train.device, local_rank)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(train.threads or max(1, cores // local_size))
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=train.timeout_seconds)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    yield Process(rank, world_size, device)
+    dist.destroy_process_group()

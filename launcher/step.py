@@ -1,0 +1,131 @@
+"""One training step of one rank, from micro-batches to updated weights and router biases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.build import Run
+from model.transformer import Microbatch, StageLoss
+from optim.clip import clip_scale, global_norm
+from optim.router_bias import load_violation, update_bias
+from optim.schedule import value_at
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is not finite; weights have not been touched."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on all ranks.
+
+    loss, mtp_loss: global means in nats a token (mtp_loss: mean over depths, None without MTP). balance_loss: sum over
+    layers of the mean sequence-wise loss. expert_load: largest over mean load of every MoE block, by block number.
+    bias_range: widest span of a router's biases.
+    """
+
+    loss: float
+    mtp_loss: float | None
+    balance_loss: float
+    lr: float
+    grad_norm: float
+    expert_load: dict[int, float]
+    bias_range: float
+
+
+def microbatch(run: Run, number: int) -> Microbatch:
+    """Micro-batch `number` of this rank's pipeline in the coming step."""
+    train, tokens = run.config.train, run.progress.tokens
+    windows = run.loader.microbatch(
+        consumed=run.progress.samples,
+        microbatch=number,
+        data_rank=run.mesh.data_rank,
+        data_size=run.config.parallel.data,
+        micro_batch_size=train.micro_batch_size,
+    )
+    share = train.micro_batch_size / train.global_batch_size
+    mtp_lambda = value_at(run.config.optim.mtp_lambda, tokens)
+    return Microbatch(torch.from_numpy(windows).to(run.process.device), share, mtp_lambda)
+
+
+def train_step(run: Run) -> StepResult:
+    """Forward and backward of the global batch, reduction, clip, update; `run.progress` moves on by one step."""
+    optim, progress = run.config.optim, run.progress
+    lr = value_at(optim.lr, progress.tokens + tokens_per_step(run))  # so that the first step of a warm-up counts
+    losses = run.executor.step(lambda number: microbatch(run, number))
+    run.zero1.reduce_gradients()
+    main, mtp, balance = _reduce_losses(run, losses)
+    norm = global_norm(
+        (bucket.grad for bucket in run.zero1.buckets),
+        lambda total: dist.all_reduce(total, group=run.groups.world),
+        run.process.device,
+    )
+    _require_finite(run, main, norm)
+    run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
+    run.zero1.publish_weights()
+    run.zero1.zero_gradients()
+    loads, bias_range = _balance_experts(run, value_at(optim.bias_update_speed, progress.tokens))
+    progress.step += 1
+    progress.tokens += tokens_per_step(run)
+    progress.samples += run.config.train.global_batch_size
+    has_mtp = run.config.model.num_nextn_predict_layers > 0
+    return StepResult(main, mtp if has_mtp else None, balance, lr, norm, loads, bias_range)
+
+
+def tokens_per_step(run: Run) -> int:
+    """Tokens the main loss is computed on in one step."""
+    return run.config.train.global_batch_size * run.config.data.sequence_length
+
+
+def _reduce_losses(run: Run, losses: Mapping[int, StageLoss]) -> tuple[float, float, float]:
+    """Global means of main loss, MTP loss and balance loss; each micro-batch's last stage is on exactly one rank."""
+    train = run.config.train
+    share = train.micro_batch_size / train.global_batch_size
+    sums = torch.zeros(3, dtype=torch.float64, device=run.process.device)
+    for loss in losses.values():
+        sums[0] += loss.main * share
+        if loss.mtp:
+            sums[1] += torch.stack(loss.mtp).mean() * share
+    for shared in run.model.routers.values():
+        sums[2] += shared.router.balance_loss_sum * share
+    dist.all_reduce(sums, group=run.groups.world)
+    main, mtp, balance = sums.tolist()
+    return main, mtp, balance
+
+
+def _require_finite(run: Run, loss: float, norm: float) -> None:
+    """All ranks see the same loss and norm, so all stop together, each naming its own first bad gradient."""
+    if all(map(torch.isfinite, (torch.tensor(loss), torch.tensor(norm)))):
+        return
+    bad = [
+        name for name, p in run.model.parameters.items()
+        if not torch.isfinite(p.weight.main_grad).all()  # type: ignore[attr-defined]
+    ]  # fmt: skip
+    where = f"first parameter with a non-finite gradient here: {bad[0]}" if bad else "its own gradients are finite"
+    raise NonFiniteError(
+        f"step {run.progress.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. "
+        f"Rank {run.process.rank}: {where}"
+    )
+
+
+def _balance_experts(run: Run, speed: float) -> tuple[dict[int, float], float]:
+    """Count the global batch's expert loads, update the biases, and tell every rank all blocks' loads."""
+    counts: dict[int, Tensor] = {}
+    for holders in dict.fromkeys(shared.holders for shared in run.model.routers.values()):
+        blocks = [block for block, shared in run.model.routers.items() if shared.holders == holders]
+        stacked = torch.stack([run.model.routers[block].router.counts_E for block in blocks])
+        dist.all_reduce(stacked, group=run.groups.gradient(holders, expert=False))
+        counts |= dict(zip(blocks, stacked, strict=True))
+    table = torch.zeros(run.config.model.num_blocks, 2, dtype=torch.float64, device=run.process.device)
+    for block, counts_E in counts.items():
+        router = run.model.routers[block].router
+        update_bias(router.e_score_correction_bias, counts_E, speed)
+        bias = router.e_score_correction_bias
+        table[block] = torch.tensor([load_violation(counts_E), bias.max() - bias.min()])
+        router.reset()
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=run.groups.world)
+    loads = {block: table[block, 0].item() for block in range(len(table)) if run.config.model.is_moe(block)}
+    return loads, table[:, 1].max().item()

@@ -1,0 +1,65 @@
+"""AdamW (arXiv 1711.05101) on flat shards: FP32 masters and gradients, moments in BF16 (report section 3.2.3) or FP32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim.config import OptimConfig
+
+CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in cache
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one call updates: master and grad FP32, both moments, all flat and of one length."""
+
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    decay: bool
+
+
+class AdamW:
+    """State and step of AdamW over the shards of one rank.
+
+    masters, grads: FP32, flat, pairwise alike; grads are read at every step. decays: whether weight decay applies.
+    steps: updates done so far, for bias correction.
+    """
+
+    def __init__(
+        self, masters: Sequence[Tensor], grads: Sequence[Tensor], decays: Sequence[bool], config: OptimConfig
+    ) -> None:
+        self.config, self.steps = config, 0
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.moments]
+        self.shards = [
+            Shard(master, grad, torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype), decay)
+            for master, grad, decay in zip(masters, grads, decays, strict=True)
+        ]
+
+    @torch.no_grad()
+    def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
+        """One update of every master; gradients are multiplied by grad_scale (the clip) on the way."""
+        self.steps += 1
+        for shard in self.shards:
+            for start in range(0, len(shard.master), CHUNK):
+                part = slice(start, start + CHUNK)
+                self._update(shard, part, lr, grad_scale)
+
+    def _update(self, shard: Shard, part: slice, lr: float, grad_scale: float) -> None:
+        c = self.config
+        grad = shard.grad[part] * grad_scale
+        avg, avg_sq = shard.exp_avg[part], shard.exp_avg_sq[part]
+        # FP32 moments are updated in place, BF16 ones widened, updated and rounded back.
+        wide_avg = avg.float().lerp_(grad, 1 - c.beta1)
+        wide_sq = avg_sq.float().mul_(c.beta2).addcmul_(grad, grad, value=1 - c.beta2)
+        if avg.dtype != torch.float32:
+            avg.copy_(wide_avg)
+            avg_sq.copy_(wide_sq)
+        denominator = torch.sqrt(wide_sq, out=grad).div_((1 - c.beta2**self.steps) ** 0.5).add_(c.eps)
+        master = shard.master[part]
+        if shard.decay:
+            master.mul_(1 - lr * c.weight_decay)
+        master.addcdiv_(wide_avg, denominator, value=-lr / (1 - c.beta1**self.steps))

@@ -1,0 +1,128 @@
+"""ZeRO-1: every rank keeps the FP32 masters and moments of one shard of the weights it shares with others.
+
+Parameters that the same ranks hold live in flat buckets. A step reduce-scatters the FP32 gradients of a bucket over
+its group (for a DualPipe stage 2 x data ranks, the mirror pair included; for experts fewer), the optimizer updates the
+shard, and the new weights are gathered (ZeRO, arXiv 1910.02054, stage 1).
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ALIGN_ELEMENTS = 64  # every shard starts at a multiple of 256 bytes of FP32
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter of this rank and its place in the whole model.
+
+    name: global name; shape: global shape; offset: flat element of the global tensor at which this rank's part (an
+    expert stack's slice, else all of it) starts. group: ranks that hold the same part. decay: weight decay applies.
+    """
+
+    name: str
+    weight: nn.Parameter
+    shape: tuple[int, ...]
+    offset: int
+    group: dist.ProcessGroup
+    decay: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one parameter inside a shard.
+
+    offset: flat element of the global tensor where it starts; start, stop: elements of the shard.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    start: int
+    stop: int
+
+
+class Bucket:
+    """Parameters with the same group and decay, flattened; one shard of it is this rank's.
+
+    weights: all of them in the model's dtype, which the modules see; grads: FP32 accumulators (`main_grad`).
+    master: this rank's FP32 shard (in FP32 models the weights' own memory); grad: its reduced gradient.
+    """
+
+    def __init__(self, parameters: list[LocalParameter]) -> None:
+        self.parameters, self.group, self.decay = parameters, parameters[0].group, parameters[0].decay
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        first = parameters[0].weight
+        unit = self.size * ALIGN_ELEMENTS
+        total = math.ceil(sum(p.weight.numel() for p in parameters) / unit) * unit
+        self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros(total, dtype=torch.float32, device=first.device)
+        self.shard = slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+        start = 0
+        for parameter in parameters:
+            weight = parameter.weight
+            stop = start + weight.numel()
+            flat = self.weights[start:stop].view(weight.shape)
+            flat.copy_(weight.detach())
+            weight.data = flat
+            weight.main_grad = self.grads[start:stop].view(weight.shape)  # type: ignore[attr-defined]
+            start = stop
+        own = self.weights[self.shard]
+        self.master = own if own.dtype == torch.float32 else own.float()
+        self.grad = self.grads[self.shard] if self.size == 1 else torch.zeros_like(self.master)
+
+    def pieces(self) -> Iterator[Piece]:
+        """What the shard holds, in order; padding left out."""
+        start = 0
+        for p in self.parameters:
+            stop = start + p.weight.numel()
+            low, high = max(start, self.shard.start), min(stop, self.shard.stop)
+            if low < high:
+                yield Piece(p.name, p.shape, p.offset + low - start, low - self.shard.start, high - self.shard.start)
+            start = stop
+
+
+class Zero1:
+    """Gradients and weights of one rank, in buckets of at most about `bucket_bytes` of FP32 gradient."""
+
+    def __init__(self, parameters: Iterable[LocalParameter], *, bucket_bytes: int = 1 << 30) -> None:
+        kinds: dict[tuple[int, bool], list[list[LocalParameter]]] = {}
+        for p in parameters:
+            open_buckets = kinds.setdefault((id(p.group), p.decay), [[]])
+            if open_buckets[-1] and 4 * sum(q.weight.numel() for q in [*open_buckets[-1], p]) > bucket_bytes:
+                open_buckets.append([])
+            open_buckets[-1].append(p)
+        self.buckets = [Bucket(bucket) for lists in kinds.values() for bucket in lists]
+
+    def reduce_gradients(self) -> None:
+        """Sum each bucket's gradients over its group into the owners' shards."""
+        works = [
+            dist.reduce_scatter_single(bucket.grad, bucket.grads, group=bucket.group, async_op=True)
+            for bucket in self.buckets
+            if bucket.size > 1
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    def publish_weights(self) -> None:
+        """Round the masters to the model's dtype and gather every rank's shard."""
+        works = []
+        for bucket in self.buckets:
+            own = bucket.weights[bucket.shard]
+            if own.data_ptr() != bucket.master.data_ptr():
+                own.copy_(bucket.master)
+            if bucket.size > 1:
+                works.append(dist.all_gather_single(bucket.weights, own, group=bucket.group, async_op=True))
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the step."""
+        for bucket in self.buckets:
+            bucket.grads.zero_()

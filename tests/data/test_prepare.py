@@ -1,0 +1,165 @@
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.corpus import Document
+from data.prepare import END_OF_SENTENCE, SPECIAL_TOKENS, PrepareError, load_tokenizer, prepare, texts, train_tokenizer
+from data.tokens import TokenFile, TokenFileError, problems
+
+WORDS = ["the", "router", "picks", "专家", "expert", "für", "\n    return", "x_TD", "1024", "🙂", "\r\n", "\t"]
+
+
+def corpus(count: int = 120, seed: int = 0) -> list[Document]:
+    draw = random.Random(seed)
+    return [Document("made up", f"{i}.txt", " ".join(draw.choices(WORDS, k=draw.randint(5, 60)))) for i in range(count)]
+
+
+def run(out: Path, documents=None, **changes):
+    messages: list[str] = []
+    options = {"vocab_size": 300, "heldout_fraction": 0.2, "progress": messages.append} | changes
+    return prepare(corpus=corpus() if documents is None else documents, out_dir=out, **options), messages
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("prepared") / "out")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([document.text for document in corpus()], vocab_size=300)
+
+
+def test_text_survives_exactly(done):
+    given_texts = [document.text for document in corpus()]
+    kept = [*texts(done.train_prefix), *texts(done.heldout_prefix)]
+    assert sorted(kept) == sorted(given_texts)
+    assert 0 < done.heldout.num_documents < done.train.num_documents
+    for prefix, manifest in ((done.train_prefix, done.train), (done.heldout_prefix, done.heldout)):
+        assert manifest.text_bytes == sum(len(text.encode()) for text in texts(prefix))
+        assert manifest.sources[0].documents == manifest.num_documents
+        assert [int(ids[-1]) for ids in TokenFile(prefix).documents()] == [END_OF_SENTENCE] * manifest.num_documents
+        assert manifest.max_token_id == TokenFile(prefix).tokens.max() < manifest.vocab_size <= 300
+        assert problems(prefix, 300, 32, hashes=True) == []
+
+
+def test_special_tokens_have_deepseek_names_and_fixed_ids(done):
+    assert SPECIAL_TOKENS[0] == "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+    assert SPECIAL_TOKENS[1] == "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    assert SPECIAL_TOKENS[2:4] == ("<\uff5c\u2581pad\u2581\uff5c>", "<\uff5cfim\u2581begin\uff5c>")
+    tokenizer = load_tokenizer(done.tokenizer_path)
+    assert [tokenizer.token_to_id(name) for name in SPECIAL_TOKENS] == [0, 1, 2, 3, 4, 5]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60) | st.lists(st.sampled_from([*SPECIAL_TOKENS, " ", "a"])).map("".join))
+def test_round_trip_of_any_text(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert min(ids, default=6) >= len(SPECIAL_TOKENS)  # a text cannot forge an end of sentence
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_rerun_does_nothing_and_says_so(tmp_path):
+    first, _ = run(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    second, messages = run(tmp_path / "out", iter(corpus()))
+    assert first.rebuilt and not second.rebuilt and "nothing to do" in messages[-1]
+    assert contents(tmp_path / "out") == before and second.train == first.train
+
+
+def test_same_input_same_bytes(tmp_path):
+    run(tmp_path / "a")
+    run(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vocab_size": 280}, "other arguments"),
+        ({"heldout_fraction": 0.3}, "other arguments"),
+        ({"documents": corpus(121)}, "other documents"),
+    ],
+)
+def test_other_input_is_prepared_again(tmp_path, change, reason):
+    run(tmp_path / "out")
+    again, messages = run(tmp_path / "out", **change)
+    assert again.rebuilt and any(reason in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "heldout.idx", "tokenizer.json", "heldout.json"])
+def test_damaged_output_is_prepared_again(tmp_path, name):
+    run(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    raw = bytearray(before[name])
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "out" / name).write_bytes(raw)
+    again, _ = run(tmp_path / "out")
+    assert again.rebuilt and contents(tmp_path / "out") == before
+
+
+def test_interrupted_run_is_redone(tmp_path):
+    run(tmp_path / "out")
+
+    def stop(message: str) -> None:
+        if message.startswith("heldout:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", corpus(121), progress=stop)
+    assert not (tmp_path / "out" / "heldout.json").exists()
+    assert not list((tmp_path / "out").glob("*tmp*"))
+    again, _ = run(tmp_path / "out", corpus(121))
+    assert again.rebuilt and again.train.num_documents + again.heldout.num_documents == 121
+
+
+def test_split_depends_on_the_content_alone(tmp_path, done):
+    documents = corpus()
+    random.Random(1).shuffle(documents)
+    other, _ = run(tmp_path / "out", documents + corpus(40, seed=9))
+    assert set(texts(done.heldout_prefix)) <= set(texts(other.heldout_prefix))
+    assert set(texts(done.train_prefix)) <= set(texts(other.train_prefix))
+
+
+def test_exact_duplicates_go(tmp_path):
+    doubled = [*corpus(), *(Document("copy", document.path_label, document.text) for document in corpus())]
+    result, messages = run(tmp_path / "out", doubled)
+    assert result.train.num_documents + result.heldout.num_documents == 120
+    assert "120 exact duplicates" in messages[0] and [source.name for source in result.train.sources] == ["made up"]
+
+
+def test_wide_vocabulary_needs_int32(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenizers.Tokenizer.get_vocab_size", lambda self, *rest: 1 << 16)
+    result, _ = run(tmp_path / "out")
+    assert TokenFile(result.train_prefix).dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 261}, "need 262"),
+        ({"heldout_fraction": 0.0}, "between 0 and 1"),
+        ({"heldout_fraction": 1e-9}, "fell into the heldout set"),
+        ({"documents": []}, "fell into the train set"),
+        ({"documents": [Document("s", "a.txt", "")]}, "s: a.txt: the document is empty"),
+        ({"documents": [Document("s", "a.txt", "x\ud800")]}, "s: a.txt: character 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, change, message):
+    with pytest.raises(PrepareError, match=message):
+        run(tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_refuse_another_tokenizer(tmp_path):
+    result, _ = run(tmp_path / "out")
+    result.tokenizer_path.write_text("{}")
+    with pytest.raises(TokenFileError, match=r"tokenizer\.json"):
+        next(texts(result.train_prefix))

@@ -1,0 +1,249 @@
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.tokens import (
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    TokenFile,
+    TokenFileError,
+    TokenWriter,
+    problems,
+    sha256_file,
+)
+
+DOCUMENTS = ([5, 6, 7], [8], [9, 10])
+
+
+def write(prefix: Path, documents=DOCUMENTS, dtype="uint16") -> Path:
+    with TokenWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(np.array(document))
+    return prefix
+
+
+def manifest_for(prefix: Path, **changes) -> Manifest:
+    token_file = TokenFile(prefix)
+    paths = [Path(f"{prefix}.{ending}") for ending in ("bin", "idx")]
+    manifest = Manifest(
+        tokenizer_file="tokenizer.json",
+        tokenizer_sha256="0" * 64,
+        vocab_size=16,
+        dtype=token_file.dtype.name,
+        num_tokens=token_file.num_tokens,
+        num_documents=token_file.num_documents,
+        max_token_id=int(token_file.tokens.max()),
+        text_bytes=12,
+        files={path.name: FileRecord(path.stat().st_size, sha256_file(path)) for path in paths},
+        sources=(SourceRecord("made up", 3, 12, "CC0-1.0", "this test"),),
+        arguments={"seed": 1},
+        corpus_sha256="1" * 64,
+    )
+    return replace(manifest, **changes)
+
+
+def test_bytes_of_the_format(tmp_path):
+    write(tmp_path / "a")
+    header = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + b"\x08" + struct.pack("<QQ", 3, 4)
+    assert len(header) == 34
+    body = struct.pack("<3i", 3, 1, 2) + struct.pack("<3q", 0, 6, 8) + struct.pack("<4q", 0, 1, 2, 3)
+    assert (tmp_path / "a.idx").read_bytes() == header + body
+    assert (tmp_path / "a.bin").read_bytes() == struct.pack("<6H", 5, 6, 7, 8, 9, 10)
+
+
+def test_reads_documents_of_several_sequences(tmp_path):
+    # hand-assembled: 3 sequences in 2 documents, as Megatron writes them when a document is split into sentences
+    (tmp_path / "a.bin").write_bytes(struct.pack("<6i", 5, 6, 7, 8, 9, 10))
+    header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 3, 3)
+    body = struct.pack("<3i", 3, 1, 2) + struct.pack("<3q", 0, 12, 16) + struct.pack("<3q", 0, 2, 3)
+    (tmp_path / "a.idx").write_bytes(header + body)
+    token_file = TokenFile(tmp_path / "a")
+    assert (token_file.num_tokens, token_file.num_sequences, token_file.num_documents) == (6, 3, 2)
+    assert [document.tolist() for document in token_file.documents()] == [[5, 6, 7, 8], [9, 10]]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=30), max_size=20),
+    dtype=st.sampled_from(["uint16", "int32", "int64"]),
+)
+def test_round_trip(tmp_path, documents, dtype):
+    token_file = TokenFile(write(tmp_path / "corpus.v2", documents, dtype))
+    assert token_file.dtype == dtype and token_file.num_documents == len(documents)
+    assert [document.tolist() for document in token_file.documents()] == documents
+    assert token_file.tokens.tolist() == [token for document in documents for token in document]
+
+
+def test_chunked_index(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokens._CHUNK", 2)  # several chunks, the last one short
+    documents = [[number] * (number + 1) for number in range(7)]
+    assert [part.tolist() for part in TokenFile(write(tmp_path / "a", documents)).documents()] == documents
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ([70000], "id 70000 does not fit uint16"),
+        ([-1], "id -1"),
+        ([], "length >= 1"),
+        ([[1]], "length >= 1"),
+        ([0.5], "float64"),
+    ],
+)
+def test_writer_refuses_and_leaves_nothing(tmp_path, document, message):
+    with pytest.raises(TokenFileError, match=message), TokenWriter(tmp_path / "a", "uint16") as writer:
+        writer.add(np.array([1, 2]))
+        writer.add(np.array(document))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refuses_float_dtype(tmp_path):
+    with pytest.raises(TokenFileError, match="float32"):
+        TokenWriter(tmp_path / "a", "float32")
+
+
+def test_failed_writer_keeps_the_old_file(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "a", "uint16") as writer:
+        writer.add(np.array([1]))
+        raise RuntimeError
+    assert TokenFile(tmp_path / "a").num_tokens == 6
+
+
+def patched(offset: int, form: str, *values):
+    def corrupt(raw: bytearray) -> bytearray:
+        struct.pack_into(form, raw, offset, *values)
+        return raw
+
+    return corrupt
+
+
+CORRUPTIONS = [
+    (".idx", patched(0, "<B", 0), "a.idx: byte 0: magic"),
+    (".idx", lambda raw: raw[:20], "a.idx: byte 20: truncated inside the 34-byte header"),
+    (".idx", patched(9, "<Q", 2), "a.idx: byte 9: version 2"),
+    (".idx", patched(17, "<B", 7), "a.idx: byte 17: dtype code 7"),
+    (".idx", patched(18, "<Q", 1 << 60), "a.idx: byte 102: 102 bytes where the counts at byte 18"),
+    (".idx", patched(26, "<Q", 0), "a.idx: byte 26: 0 document indices"),
+    (".idx", lambda raw: raw[:-1], "a.idx: byte 101: 101 bytes where the counts"),
+    (".idx", lambda raw: raw + b"\0\0\0", "multimodal"),
+    (".idx", lambda raw: raw + b"\0", "a.idx: byte 102: 103 bytes where"),
+    (".idx", patched(34, "<i", -1), "a.idx: byte 46: sequence 0"),
+    (".idx", patched(54, "<q", 4), "a.idx: byte 54: sequence 1"),
+    (".idx", patched(70, "<q", 1), "a.idx: byte 70: document indices run from 1 to 3"),
+    (".idx", patched(86, "<q", 0), "a.idx: byte 86: document index 2 goes back to 0"),
+    (".idx", patched(94, "<q", 2), "a.idx: byte 70: document indices run from 0 to 2"),
+    (".idx", patched(42, "<i", 3), "a.bin: byte 12: truncated: 12 bytes where .idx needs 14"),
+    (".bin", lambda raw: raw[:-1], "a.bin: byte 11: truncated: 11 bytes where .idx needs 12"),
+    (".bin", lambda raw: raw + b"\0", "a.bin: byte 12: longer"),
+]
+
+
+@pytest.mark.parametrize(("ending", "corrupt", "message"), CORRUPTIONS, ids=[case[2][:40] for case in CORRUPTIONS])
+def test_corruption_is_named(tmp_path, ending, corrupt, message):
+    prefix = write(tmp_path / "a")
+    path = Path(f"{prefix}{ending}")
+    path.write_bytes(corrupt(bytearray(path.read_bytes())))
+    with pytest.raises(TokenFileError) as caught:
+        TokenFile(prefix)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_missing_file_is_named(tmp_path, ending):
+    prefix = write(tmp_path / "a")
+    Path(f"{prefix}{ending}").unlink()
+    with pytest.raises(TokenFileError, match=rf"a\{ending}: No such file"):
+        TokenFile(prefix)
+
+
+def test_manifest_round_trip(tmp_path):
+    prefix = write(tmp_path / "a")
+    manifest = manifest_for(prefix)
+    manifest.write(prefix)
+    assert Manifest.read(prefix) == manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.pop("num_tokens"), "keys"),
+        (lambda value: value.update(colour=1), "colour"),
+        (lambda value: value.update(num_tokens="6"), "'num_tokens' is '6'"),
+        (lambda value: value.update(num_tokens=True), "'num_tokens' is True"),
+        (lambda value: value.update(text_bytes=-1), "'text_bytes' is -1"),
+        (lambda value: value.update(format=9), "format 9"),
+        (lambda value: value.update(files=[]), "'files'"),
+        (lambda value: value.update(sources={}), "'sources'"),
+        (lambda value: value["files"].update({"../b": value["files"].pop("a.bin")}), "holds a folder"),
+        (lambda value: value["files"]["a.bin"].pop("sha256"), "'a.bin'"),
+        (lambda value: value["sources"].append(3), "source 1"),
+    ],
+)
+def test_damaged_manifest_is_named(tmp_path, change, message):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+    path = tmp_path / "a.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+    with pytest.raises(TokenFileError, match=message) as caught:
+        Manifest.read(prefix)
+    assert str(path) in str(caught.value)
+    assert problems(prefix, 16, 2) == [str(caught.value)]
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff", b"[]", b"null"])
+def test_manifest_that_is_no_manifest(tmp_path, raw):
+    (tmp_path / "a.json").write_bytes(raw)
+    (message,) = problems(tmp_path / "a", 16, 2)
+    assert "a.json" in message and "prepare the data again" in message
+
+
+def test_problems_none(tmp_path):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+    assert problems(prefix, 11, 5, hashes=True) == []
+
+
+def test_problems_are_all_returned(tmp_path):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+    with open(f"{prefix}.bin", "ab") as stream:
+        stream.write(b"\0")
+    Path(f"{prefix}.idx").unlink()
+    found = problems(prefix, 10, 6)
+    assert len(found) == 4
+    for message, parts in zip(
+        found,
+        [
+            ("a.bin", "13 bytes", "12"),
+            ("a.idx", "No such file"),
+            ("a.json", "10", "at least 11"),
+            ("a.json", "6 tokens", "7"),
+        ],
+        strict=True,
+    ):
+        assert all(part in message for part in parts)
+
+
+def test_problems_behind_right_sizes(tmp_path):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix, num_documents=2).write(prefix)
+    assert "3 documents" in problems(prefix, 16, 2)[0]
+    manifest_for(prefix).write(prefix)
+    raw = bytearray((tmp_path / "a.bin").read_bytes())
+    raw[0] ^= 1
+    (tmp_path / "a.bin").write_bytes(raw)
+    assert problems(prefix, 16, 2) == []  # sizes only: a flipped bit needs hashes
+    assert "a.bin: SHA-256 differs" in problems(prefix, 16, 2, hashes=True)[0]
+    (tmp_path / "a.idx").write_bytes(b"\0" * 102)
+    assert "magic" in problems(prefix, 16, 2)[0]
