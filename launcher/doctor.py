@@ -88,7 +88,7 @@ def config_rows(config: RunConfig, *, is_clean: bool = True) -> Iterator[Row]:
 
 
 def print_table(found: Sequence[Row], title: str) -> None:
-    """The rows as a table of at most 80 columns, then one line that sums them up."""
+    """The rows as a table of at most 80 columns, the run's own problems in full below it, and a line that sums up."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -101,11 +101,18 @@ def print_table(found: Sequence[Row], title: str) -> None:
     table.add_column("found", ratio=1, overflow="fold")
     table.add_column("what to do", ratio=1, overflow="fold")
     colours = {"ok": "green", "missing": "dim", "note": "yellow", "FAIL": "bold red"}
+    problem_rows = [row for row in found if row.status == "FAIL" and not row.advice]
     for row in found:
+        if row in problem_rows:
+            continue  # a sentence, for which a column is too narrow
         table.add_row(Text(row.name), Text(row.status, style=colours[row.status]), Text(row.found), Text(row.advice))
     console.print(table)
+    for row in problem_rows:
+        console.print(Text("\n").append("FAIL ", style=colours["FAIL"]).append(f"{row.name}: {row.found}"))
+    if problem_rows:
+        console.print()
     num_failed = sum(row.status == "FAIL" for row in found)
-    verdict = f"{num_failed} to mend before this run can start" if num_failed else "all that this run needs is here"
+    verdict = f"{num_failed} to mend before it can start" if num_failed else "all that this run needs is here"
     console.print(Text(f"{title}: {verdict}"))
 
 

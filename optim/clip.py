@@ -10,7 +10,7 @@ def global_norm(shards: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], obj
     """L2 norm of all gradients: shards that no other rank counts, summed in FP64 by `sum_over_ranks` (in place)."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for shard in shards:
-        total += torch.linalg.vector_norm(shard).double().square()
+        total += torch.linalg.vector_norm(shard, dtype=torch.float64).square()
     sum_over_ranks(total)
     return total.sqrt().item()
 

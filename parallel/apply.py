@@ -109,7 +109,8 @@ def _describe(
             group = groups.gradient(layout.holders(name), expert=expert)
             # Norms are the only vectors; the report decays all matrices.
             found[name] = LocalParameter(name, weight, shapes[name], offset, group, decay=weight.ndim > 1)
-    return found
+    # All holders must flatten alike, in whatever order they built their stages.
+    return {name: found[name] for name in shapes if name in found}
 
 
 def _routers(layout: Layout, stages: Mapping[int, Transformer]) -> dict[int, SharedRouter]:

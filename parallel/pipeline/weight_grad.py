@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from model.weight_grad import AddGrad, main_grad
@@ -39,6 +40,7 @@ class DeferredSink:
         finally:
             self._open = None
 
+    @torch.no_grad()
     def flush(self, stage: int, microbatch: int) -> None:
         """The W action: run what was queued, in its order, and free it."""
         for weight, add in self._queues.pop((stage, microbatch)):

@@ -196,7 +196,8 @@ def plain_trace(run_config: RunConfig) -> Trace:
         plain_embedding.weight.grad += alias.grad
         alias.grad.zero_()
         trace.grads.append({name: w.grad.clone() for name, w in named.items() if w.grad is not None})
-        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), c.optim.clip_norm)
+        norm = torch.cat([grad.flatten().double() for grad in trace.grads[-1].values()]).norm()
+        torch.nn.utils.clip_grads_with_norm_(list(named.values()), c.optim.clip_norm, norm.float())
         tokens += batch * c.data.sequence_length
         for group in optimizer.param_groups:
             group["lr"] = value_at(c.optim.lr, tokens)

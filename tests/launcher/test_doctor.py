@@ -35,10 +35,12 @@ def test_table_fits_80_columns_and_the_demonstration_can_run(capsys: pytest.Capt
 
 
 def test_long_words_are_folded(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table([Row("config", "FAIL", "x" * 200, "y" * 90)], "z" * 100)
+    rows = [Row("disk", "FAIL", "q" * 200, "j" * 90), Row("config", "FAIL", "a sentence " * 30 + "x" * 200)]
+    print_table(rows, "z" * 100)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert out.count("x") == 200 and out.count("y") == 90
+    assert [out.count(letter) for letter in "qjxz"] == [200, 90, 200, 100]
+    assert out.count("sentence") == 30
 
 
 def test_json_and_every_missing_line_has_advice(capsys: pytest.CaptureFixture[str]) -> None:
