@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from data.loader import Loader
@@ -19,6 +21,16 @@ from parallel.pipeline.split import split_layers
 from parallel.zero1 import Zero1
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Batches(Protocol):
+    """Where micro-batches come from: `data.loader.Loader`, or a stand-in."""
+
+    def microbatch(
+        self, *, consumed: int, microbatch: int, data_rank: int, data_size: int, micro_batch_size: int
+    ) -> np.ndarray:
+        """int64 [micro_batch_size, S + 1], a pure function of its arguments."""
+        ...
 
 
 @dataclass
@@ -43,7 +55,7 @@ class Run:
     executor: Executor
     zero1: Zero1
     optimizer: AdamW
-    loader: Loader
+    loader: Batches
     progress: Progress
 
 
@@ -57,9 +69,13 @@ def plan_layout(config: RunConfig) -> Layout:
 
 
 def build(
-    config: RunConfig, process: Process, *, on_action: Callable[[Action], None] = lambda action: None
+    config: RunConfig,
+    process: Process,
+    *,
+    on_action: Callable[[Action], None] = lambda action: None,
+    loader: Batches | None = None,
 ) -> Run:
-    """Construct one rank's part of the run, freshly initialised."""
+    """Construct one rank's part of the run, freshly initialised; loader: in place of the configured data."""
     mesh = Mesh(config.parallel, process.rank)
     layout = plan_layout(config)
     timeout = timedelta(seconds=config.train.timeout_seconds)
@@ -78,6 +94,5 @@ def build(
     executor = Executor(
         layout.schedule, mesh, groups, model.stages, dtype=dtype, device=process.device, on_action=on_action
     )
-    return Run(
-        config, process, mesh, groups, layout, model, executor, zero1, optimizer, Loader(config.data), Progress()
-    )
+    batches = loader or Loader(config.data)
+    return Run(config, process, mesh, groups, layout, model, executor, zero1, optimizer, batches, Progress())

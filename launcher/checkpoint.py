@@ -171,7 +171,7 @@ class Reader:
             self.config = from_dict(self.manifest["config"])
             self.progress = Progress(**self.manifest["progress"])
             files = {name: FileRecord(**record) for name, record in self.manifest["files"].items()}
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / 'manifest.json'} cannot be read: {error!r}") from None
         if self.manifest.get("format") != FORMAT:
             raise CheckpointError(f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}")
@@ -185,8 +185,8 @@ class Reader:
             raise CheckpointError(
                 f"{self.path / 'manifest.json'} names {name!r}, which is not a file in its own folder"
             )
-        if not file.exists() or file.stat().st_size != record.bytes:
-            found = file.stat().st_size if file.exists() else "no"
+        if not file.is_file() or file.stat().st_size != record.bytes:
+            found = file.stat().st_size if file.is_file() else "no"
             raise CheckpointError(f"{file}: {found} bytes where the manifest says {record.bytes}: the file is damaged")
         if verify and _sha256(file) != record.sha256:
             raise CheckpointError(f"{file}: its checksum is not the manifest's: the file is damaged")
@@ -206,17 +206,16 @@ class Reader:
 
     def read(self, kind: str, name: str, out: Tensor, *, offset: int = 0) -> None:
         """Fill the flat tensor `out` with the elements of a global tensor from `offset` on."""
-        missing = out.numel()
-        for start, length, file, key in self._stretches.get((kind, name), ()):
-            low, high = max(start, offset), min(start + length, offset + out.numel())
-            if low < high:
+        reached, end = offset, offset + out.numel()
+        # in order, so that stretches that overlap cannot make up for a gap
+        for start, length, file, key in sorted(self._stretches.get((kind, name), ())):
+            stop = min(start + length, end)
+            if start <= reached < stop:
                 with safe_open(file, framework="pt") as content:
-                    out[low - offset : high - offset] = content.get_slice(key)[low - start : high - start]
-                missing -= high - low
-        if missing:
-            raise CheckpointError(
-                f"{self.path}: {kind} of {name} lacks {missing} of the elements {offset} to {offset + out.numel()}"
-            )
+                    out[reached - offset : stop - offset] = content.get_slice(key)[reached - start : stop - start]
+                reached = stop
+        if reached < end:
+            raise CheckpointError(f"{self.path}: {kind} of {name} lacks element {reached} of {offset} to {end}")
 
 
 def load(run: Run, path: Path) -> None:

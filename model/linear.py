@@ -6,6 +6,7 @@ Backward gives the input's gradient; the weight's goes through the sink (`weight
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.weight_grad import Weighted, WeightGradSink, add_product
@@ -63,13 +64,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = grouped_product(grad_RO, weight_EOI, ctx.counts) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             counts = ctx.counts
-
-            def add(acc_EOI: Tensor) -> None:
-                for acc, grad, x in zip(acc_EOI, grad_RO.split(counts), x_RI.split(counts), strict=True):
-                    if len(x):
-                        add_product(acc, grad.t(), x)
-
-            ctx.sink.put(weight_EOI, add)
+            ctx.sink.put(weight_EOI, lambda acc_EOI: add_grouped_product(acc_EOI, grad_RO, x_RI, counts))
         return grad_x, None, None, None
 
 
@@ -78,11 +73,54 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -
     if x_RI.is_cuda:
         ends_E = torch.tensor(counts, device=x_RI.device).cumsum(0, dtype=torch.int32)
         return torch._grouped_mm(x_RI, weight_EIO, offs=ends_E)
+    if x_RI.dtype == torch.bfloat16:
+        return _grouped_product_in_tiles(x_RI, weight_EIO, counts)
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2])
     for x, weight, y in zip(x_RI.split(counts), weight_EIO, y_RO.split(counts), strict=True):
         if len(x):
             torch.mm(x, weight, out=y)
     return y_RO
+
+
+# The CPU's BF16 product compiles a kernel for every new shape, 1.5 ms each, ten times a product of 512 rows. Experts'
+# row counts are new in every step, so they are rounded up to a multiple of this and shapes recur.
+TILE_ROWS = 64
+
+
+def _tiled(count: int) -> int:
+    return -(-count // TILE_ROWS) * TILE_ROWS
+
+
+def _grouped_product_in_tiles(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """As grouped_product: each expert also multiplies some of the next one's rows, which that one then overwrites."""
+    num_rows, start = len(x_RI), 0
+    y_RO = x_RI.new_empty(num_rows + TILE_ROWS, weight_EIO.shape[2])
+    for count, weight in zip(counts, weight_EIO, strict=True):
+        if count:
+            window = slice(start, start + _tiled(count))
+            torch.mm(_padded(x_RI, window), weight, out=y_RO[window])
+            start += count
+    return y_RO[:num_rows]
+
+
+def _padded(rows: Tensor, window: slice) -> Tensor:
+    """rows[window], with zeros for what lies beyond their end."""
+    part = rows[window]
+    missing = window.stop - window.start - len(part)
+    return F.pad(part, (0, 0, 0, missing)) if missing else part
+
+
+def add_grouped_product(acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...]) -> None:
+    """acc[e] += grad^T x over the rows of expert e, accumulators in FP32."""
+    start = 0
+    for acc, count in zip(acc_EOI, counts, strict=True):
+        if not count:
+            continue
+        grad, x = grad_RO[start : start + count], x_RI[start : start + count]
+        if x.dtype == torch.bfloat16 and not x.is_cuda:
+            grad, x = _padded(grad, slice(0, _tiled(count))), _padded(x, slice(0, _tiled(count)))
+        add_product(acc, grad.t(), x)
+        start += count
 
 
 class GroupedLinear(Weighted):

@@ -7,13 +7,13 @@ for the hidden state and one, through the sink, for the head. Both scale with th
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.weight_grad import WeightGradSink, add_product
 
 IGNORED = -1  # label of a position without a loss
-CHUNK_BYTES = 16 << 20  # FP32 logits of one chunk
+CHUNK_BYTES = 4 << 20  # FP32 logits of one chunk: in cache on a CPU
+GPU_CHUNK_BYTES = 256 << 20  # large enough to fill a GPU
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -22,24 +22,20 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, sink: WeightGradSink) -> Tensor:
         num_tokens, vocab = h_TD.shape[0], weight_VD.shape[0]
-        chunk = max(1, CHUNK_BYTES // (4 * vocab))
+        chunk = max(1, (GPU_CHUNK_BYTES if h_TD.is_cuda else CHUNK_BYTES) // (4 * vocab))
         keep = any(ctx.needs_input_grad)
         grad_TV = h_TD.new_empty(num_tokens if keep else min(chunk, num_tokens), vocab)
         loss_T = torch.empty(num_tokens, dtype=torch.float32, device=h_TD.device)
+        scratch = torch.empty(2, min(chunk, num_tokens), vocab, dtype=torch.float32, device=h_TD.device)
         for start in range(0, num_tokens, chunk):
             part = slice(start, min(start + chunk, num_tokens))
             labels = labels_T[part]
             logits = grad_TV[part] if keep else grad_TV[: len(labels)]
             torch.mm(h_TD[part], weight_VD.t(), out=logits)
-            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-            ignored = labels == IGNORED
-            index = labels.clamp(min=0).unsqueeze(1)
-            loss_T[part] = -log_p.gather(1, index).squeeze(1).masked_fill(ignored, 0)
+            wide, p = scratch[0, : len(labels)].copy_(logits), scratch[1, : len(labels)]
+            loss_T[part] = _cross_entropy(wide, labels, p)
             if keep:
-                torch.exp(log_p, out=log_p)
-                log_p.scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
-                logits.copy_(log_p)
-                logits[ignored] = 0
+                logits.copy_(p)
         if keep:
             ctx.save_for_backward(h_TD, weight_VD, grad_TV)
             ctx.sink = sink
@@ -53,6 +49,19 @@ class _HeadLoss(torch.autograd.Function):
             scaled_TD = (h_TD * scale_T1).to(h_TD.dtype)
             ctx.sink.put(weight_VD, lambda acc: add_product(acc, grad_TV.t(), scaled_TD))
         return ((grad_TV @ weight_VD) * scale_T1).to(h_TD.dtype), None, None, None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, p: Tensor) -> Tensor:
+    """Loss of each row [N] in nats, 0 where ignored; leaves softmax minus one-hot (0 where ignored) in p [N, V]."""
+    index, ignored = labels.clamp(min=0).unsqueeze(1), (labels == IGNORED).unsqueeze(1)
+    largest, where = logits.max(dim=-1, keepdim=True)
+    torch.softmax(logits, dim=-1, out=p)
+    # log-sum-exp from the largest entry, whose probability is at least 1/V: no second pass, no underflow.
+    loss = largest - p.gather(1, where).log_() - logits.gather(1, index)
+    p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
+    if ignored.any():
+        p.masked_fill_(ignored, 0)
+    return loss.masked_fill_(ignored, 0).squeeze(1)
 
 
 def head_loss(h_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, sink: WeightGradSink) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.config import OptimConfig
 
-CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in cache
+CHUNK = 1 << 17  # elements worked on at a time, so that the temporaries stay in cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class AdamW:
             Shard(master, grad, torch.zeros_like(master, dtype=dtype), torch.zeros_like(master, dtype=dtype), decay)
             for master, grad, decay in zip(masters, grads, decays, strict=True)
         ]
+        longest = max((len(master) for master in masters), default=0)
+        self._scratch = [torch.empty(min(CHUNK, longest), device=m.device) for m in masters[:1] for _ in range(3)]
 
     @torch.no_grad()
     def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
@@ -50,16 +52,20 @@ class AdamW:
 
     def _update(self, shard: Shard, part: slice, lr: float, grad_scale: float) -> None:
         c = self.config
-        grad = shard.grad[part] * grad_scale
-        avg, avg_sq = shard.exp_avg[part], shard.exp_avg_sq[part]
-        # FP32 moments are updated in place, BF16 ones widened, updated and rounded back.
-        wide_avg = avg.float().lerp_(grad, 1 - c.beta1)
-        wide_sq = avg_sq.float().mul_(c.beta2).addcmul_(grad, grad, value=1 - c.beta2)
-        if avg.dtype != torch.float32:
+        master, avg, avg_sq = shard.master[part], shard.exp_avg[part], shard.exp_avg_sq[part]
+        grad, wide_avg, wide_sq = (buffer[: len(master)] for buffer in self._scratch)
+        torch.mul(shard.grad[part], grad_scale, out=grad)
+        if avg.dtype == torch.float32:
+            wide_avg, wide_sq = avg, avg_sq
+        else:  # BF16 moments are widened, updated and rounded back
+            wide_avg.copy_(avg)
+            wide_sq.copy_(avg_sq)
+        wide_avg.lerp_(grad, 1 - c.beta1)
+        wide_sq.mul_(c.beta2).addcmul_(grad, grad, value=1 - c.beta2)
+        if avg is not wide_avg:
             avg.copy_(wide_avg)
             avg_sq.copy_(wide_sq)
         denominator = torch.sqrt(wide_sq, out=grad).div_((1 - c.beta2**self.steps) ** 0.5).add_(c.eps)
-        master = shard.master[part]
         if shard.decay:
             master.mul_(1 - lr * c.weight_decay)
         master.addcdiv_(wide_avg, denominator, value=-lr / (1 - c.beta1**self.steps))

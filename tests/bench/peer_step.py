@@ -1,0 +1,108 @@
+"""Our training step against transformers' DeepseekV3ForCausalLM on the same configuration, interleaved in one process.
+
+    OMP_WAIT_POLICY=PASSIVE python -m tests.bench.peer_step [--json] [--repetitions 5] [overrides]
+
+Every expert implementation of transformers that fits in memory is measured, in BF16 both with BF16 weights and under autocast
+with FP32 weights; the best of them is the peer. Both sides do forward, backward, clip and AdamW; the figure is tokens
+per CPU second of the process. Ours alone: `expertpipe bench step`.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from launcher.bench import RandomTokens, build_for_bench, timed
+from launcher.check import checked
+from launcher.runtime import process_group
+from launcher.step import tokens_per_step, train_step
+from model.convert import published_config
+
+# A third one, batched_mm, copies an expert's weights for every token: 13 GB for one layer of this step.
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+
+
+def peer_step(config: Any, implementation: str, *, autocast: bool) -> Callable[[], None]:
+    """One training step of the published architecture by transformers and torch's fused AdamW."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    settings = published_config(config.model, "float32")
+    settings.pop("rope_scaling")
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, experts_implementation=implementation))
+    low = config.train.precision == "bf16"
+    if low and not autocast:
+        model = model.bfloat16()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = RandomTokens(config.model.vocab_size, config.data.sequence_length)
+    context = torch.autocast("cpu", torch.bfloat16) if low and autocast else contextlib.nullcontext()
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        windows = tokens.microbatch(
+            consumed=count, microbatch=0, data_rank=0, data_size=1, micro_batch_size=config.train.micro_batch_size
+        )
+        count += 1
+        ids = torch.from_numpy(windows)
+        with context:
+            # The library shifts labels itself: all of the window goes in, one position more than ours computes.
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(overrides: list[str], *, repetitions: int) -> dict[str, Any]:
+    """Tokens per CPU second of both sides, step by step in turn."""
+    config = checked(["experiment=bench85m", *overrides], with_data=False)
+    peers: dict[str, Callable[[], None]] = {}
+    for implementation in IMPLEMENTATIONS:
+        for autocast in (False, True) if config.train.precision == "bf16" else (False,):
+            name = f"{implementation}{' autocast' if autocast else ''}"
+            peers[name] = peer_step(config, implementation, autocast=autocast)
+    with process_group(config.train) as process:
+        run = build_for_bench(config, process)
+        sides: dict[str, Callable[[], object]] = {"ours": lambda: train_step(run), **peers}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for repetition in range(-1, repetitions):
+            for name, side in sides.items():
+                cpu = timed(side).cpu
+                if repetition >= 0:
+                    seconds[name].append(cpu)
+    tokens = tokens_per_step(run)
+    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    best = max(peers, key=speed.__getitem__)
+    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
+    return {
+        "bench": "peer_step",
+        "dtype": config.train.precision,
+        "tokens_per_cpu_second": speed,
+        "best_peer": best,
+        "ratio": statistics.median(ratios),
+        "ratio_spread": [min(ratios), max(ratios)],
+        "repetitions": repetitions,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_intermixed_args()
+    row = compare(arguments.overrides, repetitions=arguments.repetitions)
+    if arguments.json:
+        print(json.dumps(row))
+    else:
+        for side, value in row["tokens_per_cpu_second"].items():
+            print(f"{side:<28}{value:8.1f} tokens per CPU second")
+        low, high = row["ratio_spread"]
+        print(f"ours / {row['best_peer']}: {row['ratio']:.2f} ({low:.2f} to {high:.2f}), {row['dtype']}")

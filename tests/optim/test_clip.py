@@ -1,0 +1,52 @@
+"""Clipping: the norm over shards and ranks is that of the whole, and the factor is torch's."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from optim.clip import clip_scale, global_norm
+
+CPU = torch.device("cpu")
+
+
+def test_the_norm_of_shards_is_the_norm_of_the_whole() -> None:
+    whole = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    norm = global_norm(whole.split([500, 1, 500]), lambda total: None, CPU)
+    assert norm == pytest.approx(whole.double().norm().item(), rel=1e-14)
+
+
+def test_squares_are_what_is_summed_over_ranks() -> None:
+    """Two ranks with norms 3 and 4 have 5 together."""
+
+    def other_rank(total: Tensor) -> None:
+        assert total.dtype == torch.float64 and total.item() == 9
+        total += 16
+
+    assert global_norm([torch.tensor([3.0, 0.0])], other_rank, CPU) == 5
+
+
+def test_the_norm_neither_overflows_nor_loses_small_shards() -> None:
+    assert global_norm([torch.full((4,), 1e30)], lambda total: None, CPU) == pytest.approx(2e30, rel=1e-6)
+    small = [torch.ones(1)] + [torch.full((1,), 1e-4)] * 10_000
+    assert global_norm(small, lambda total: None, CPU) == pytest.approx((1 + 1e-4) ** 0.5, rel=1e-9)
+
+
+def test_a_rank_without_shards_has_norm_zero_and_a_bad_gradient_shows() -> None:
+    assert global_norm([], lambda total: None, CPU) == 0
+    assert global_norm([torch.tensor([1.0, float("inf")])], lambda total: None, CPU) == float("inf")
+    norm = global_norm([torch.tensor([1.0, float("nan")])], lambda total: None, CPU)
+    assert norm != norm
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.3, 1.0, 1.5, 80.0])
+@pytest.mark.parametrize("limit", [0.5, 1.0])
+def test_the_factor_is_that_of_torch(norm: float, limit: float) -> None:
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    weight.grad = torch.tensor([norm], dtype=torch.float64)
+    torch.nn.utils.clip_grad_norm_([weight], limit)
+    assert norm * clip_scale(norm, limit) == pytest.approx(weight.grad.item(), rel=1e-12)
+    assert clip_scale(norm, limit) <= 1
+
+
+def test_a_limit_of_zero_does_not_clip() -> None:
+    assert clip_scale(1e9, 0.0) == 1.0
