@@ -123,6 +123,28 @@ def test_grouped_linear_equals_one_linear_for_each_expert(counts: tuple[int, ...
     assert not main_grad(grouped.weight)[empty].any()
 
 
+@pytest.mark.parametrize("counts", [(63, 64, 65), (1, 0, 128), (0, 0, 0), (200, 1, 1), (1, 1, 1)])
+def test_grouped_linear_in_bf16_equals_each_expert_alone(counts: tuple[int, ...]) -> None:
+    """Whatever the rows' number: outputs and input gradients within BF16 rounding, weight gradients in FP32."""
+    grouped = GroupedLinear(3, 16, 8)
+    grouped.weight.data = randn(3, 8, 16, seed=1).bfloat16()
+    x = randn(sum(counts), 16).bfloat16()
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight, strict=True)])
+
+    expected, (grad_x, grad_weight) = gradients(plain, x.double(), grouped.weight.double())
+    x.requires_grad_()
+    out = grouped(x, counts)
+    out.backward(randn(*out.shape, seed=9).bfloat16())
+    assert out.dtype == torch.bfloat16 and x.grad is not None
+    if sum(counts):
+        close(out.double(), expected, 4e-3)
+        close(x.grad.double(), grad_x, 6e-3)
+        close(main_grad(grouped.weight).double(), grad_weight, 6e-3)
+    assert not main_grad(grouped.weight)[[e for e, count in enumerate(counts) if not count]].any()
+
+
 def test_experts_weigh_the_outputs() -> None:
     """Multiplying the narrow activation by the router's weight is multiplying the output by it."""
     experts, counts = Experts(16, 8, range(3)), (4, 0, 2)

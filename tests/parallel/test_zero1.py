@@ -13,7 +13,8 @@ from tests.distributed import run_distributed
 
 # Odd sizes, one larger than a shard, one of a single element; vectors are not decayed.
 SHAPES: dict[str, tuple[int, ...]] = {
-    "a.weight": (7, 13), "a.norm": (5,), "b.weight": (3, 129), "b.norm": (1,), "c.weight": (2, 3, 11), "d.weight": (1, 1),
+    "a.weight": (7, 13), "a.norm": (5,), "b.weight": (3, 129), "b.norm": (1,),
+    "c.weight": (2, 3, 11), "d.weight": (1, 1),
 }  # fmt: skip
 STEPS = 2
 

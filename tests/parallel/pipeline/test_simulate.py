@@ -1,5 +1,6 @@
 """The simulator reproduces the closed forms exactly, keeps every dependency, and never lets a rank do two things."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -68,7 +69,7 @@ def test_no_step_starts_before_its_rank_and_its_inputs_are_ready(name: str) -> N
     sent = {}
     for rank, steps in enumerate(timeline.ranks):
         assert [timed.step for timed in steps] == list(schedule.ranks[rank])
-        for before, after in zip(steps, steps[1:], strict=False):
+        for before, after in itertools.pairwise(steps):
             assert before.end <= after.start < after.end
         for timed in steps:
             for action in parts(timed.step):
@@ -96,7 +97,10 @@ def test_overlapping_two_forwards_of_one_index_deadlocks_the_middle(ranks: int, 
     for rank in (ranks // 2 - 1, ranks // 2):
         schedule = replace(schedule, ranks=_join_forwards(schedule, rank, shift))
     if ends:
-        assert simulate(schedule).makespan == simulate(build("dualpipe", num_ranks=ranks, num_microbatches=2 * ranks)).makespan
+        assert (
+            simulate(schedule).makespan
+            == simulate(build("dualpipe", num_ranks=ranks, num_microbatches=2 * ranks)).makespan
+        )
     else:
         with pytest.raises(AssertionError, match="check the schedule first"):
             simulate(schedule)
