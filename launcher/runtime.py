@@ -43,8 +43,16 @@ def process_group(train: TrainConfig) -> Iterator[Process]:
         torch.set_num_threads(train.threads or max(1, cores // local_size))
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=train.timeout_seconds)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
     yield Process(rank, world_size, device)
     dist.destroy_process_group()
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or silent, and not by a fault of this one."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset", "Timed out waiting"))

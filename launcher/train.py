@@ -11,7 +11,7 @@ from launcher.config import RunConfig, to_yaml
 from launcher.display import Display
 from launcher.events import EventLog, StepEvent
 from launcher.recorder import Recorder, recorder_path
-from launcher.runtime import process_group
+from launcher.runtime import is_lost_peer, process_group
 from launcher.step import NonFiniteError, StepResult, tokens_per_step, train_step
 from parallel.pipeline.p2p import PipelineError
 
@@ -33,7 +33,11 @@ def train(config: RunConfig) -> int:
                 try:
                     result = train_step(run)
                 except (NonFiniteError, PipelineError) as error:
-                    return log.failed(error)
+                    return log.failed(str(error))
+                except RuntimeError as error:
+                    if not is_lost_peer(error):
+                        raise
+                    return log.failed(f"rank {process.rank} lost a peer in step {step}: {str(error).splitlines()[0]}")
                 log.step(result, time.perf_counter() - started)
                 if _is_due(config, run.progress.step):
                     recorder.note(step, "saving a checkpoint")
@@ -109,8 +113,8 @@ class _Log:
         if self._speaks:
             self._display.note(f"saved {name}")
 
-    def failed(self, error: Exception) -> int:
-        Console(stderr=True, soft_wrap=True).print(str(error), markup=False)
+    def failed(self, reason: str) -> int:
+        Console(stderr=True, soft_wrap=True).print(reason, markup=False)
         return 1
 
     def __exit__(self, *exc: object) -> None:

@@ -72,7 +72,7 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -
     """Rows counts[0] of x times weight[0], the next counts[1] times weight[1], ...: [R, I] x [E, I, O] -> [R, O]."""
     if x_RI.is_cuda:
         ends_E = torch.tensor(counts, device=x_RI.device).cumsum(0, dtype=torch.int32)
-        return torch._grouped_mm(x_RI, weight_EIO, offs=ends_E)
+        return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
     if x_RI.dtype == torch.bfloat16:
         return _grouped_product_in_tiles(x_RI, weight_EIO, counts)
     y_RO = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2])

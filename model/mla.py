@@ -75,10 +75,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotations_SP: Tensor) -> Tensor:
         """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions."""
-        if hasattr(self, "q_proj"):
-            q = self.q_proj(x_BSD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q = self._queries(x_BSD)
         latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
         q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
@@ -87,3 +84,8 @@ class MultiHeadLatentAttention(nn.Module):
         q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, value_dim)  # type: ignore
         out_BHSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.o_proj(out_BHSV[..., : self.value].transpose(1, 2).flatten(2))
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        if hasattr(self, "q_proj"):
+            return self.q_proj(x_BSD)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))

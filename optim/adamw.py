@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) on flat shards: FP32 masters and gradients, moments in BF16 (report section 3.2.3) or FP32."""
+"""AdamW (arXiv 1711.05101) on flat shards: FP32 masters and gradients, moments BF16 (report section 3.2.3) or FP32."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

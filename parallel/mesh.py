@@ -73,9 +73,7 @@ class Groups:
         self.world = self._create([tuple(range(config.world_size))])
         self.down = self._create(m.pipeline_ranks() for m in everyone[: config.data])
         self.up = self._create((m.pipeline_ranks() for m in everyone[: config.data]), again=True)
-        self.expert = self._create(
-            tuple(m.rank - m.expert_rank + e for e in range(config.expert)) for m in everyone
-        )
+        self.expert = self._create(tuple(m.rank - m.expert_rank + e for e in range(config.expert)) for m in everyone)
         for holders in sorted(set(holder_sets)):
             for expert in (False, True):
                 self._create(m.gradient_ranks(holders, expert=expert) for m in everyone)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 ALIGN_ELEMENTS = 64  # every shard starts at a multiple of 256 bytes of FP32
 

@@ -11,7 +11,9 @@ from typing import Any
 TIMEOUT_SECONDS = 240
 
 
-def _child(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+def _child(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -5,7 +5,8 @@ exactly that order, a few ahead of need, whatever order it consumes them in.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class Mailbox:
             message = queue.popleft()
             tensor = torch.empty(self._shape(message), dtype=self._dtype, device=self._device)
             peer = self._mesh.rank_at(source, self._mesh.data_rank)
-            work = dist.irecv(tensor, src=peer, group=self._group(source, me))
+            with self._naming(f"asking for {_words(message)} from pipeline rank {source}", source):
+                work = dist.irecv(tensor, src=peer, group=self._group(source, me))
             assert work is not None
             self._posted[message] = _Pending(tensor, work)
             number -= 1
@@ -80,7 +82,8 @@ class Mailbox:
             self._post(source, 1)
         pending = self._posted.pop(message)
         self._post(source, 1)
-        self._wait(pending, f"waited for {_words(message)} from pipeline rank {source}", source)
+        with self._naming(f"waiting for {_words(message)} from pipeline rank {source}", source):
+            pending.work.wait()
         return pending.tensor
 
     def send(self, message: Message, tensor: Tensor) -> None:
@@ -92,7 +95,8 @@ class Mailbox:
             return
         peer = self._mesh.rank_at(destination, self._mesh.data_rank)
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, dst=peer, group=self._group(me, destination))
+        with self._naming(f"sending {_words(message)} to pipeline rank {destination}", destination):
+            work = dist.isend(tensor, dst=peer, group=self._group(me, destination))
         assert work is not None
         self._sending.append((message, _Pending(tensor, work)))
         while self._sending and self._sending[0][1].work.is_completed():
@@ -103,14 +107,18 @@ class Mailbox:
         while self._sending:
             message, pending = self._sending.popleft()
             destination = self._schedule.consumer(message)
-            self._wait(pending, f"sent {_words(message)} to pipeline rank {destination}", destination)
+            with self._naming(f"sending {_words(message)} to pipeline rank {destination}", destination):
+                pending.work.wait()
 
-    def _wait(self, pending: _Pending, doing: str, peer: int) -> None:
+    @contextmanager
+    def _naming(self, doing: str, peer: int) -> Iterator[None]:
+        """A failure inside becomes a PipelineError that says what this rank was doing and with whom."""
         try:
-            pending.work.wait()
+            yield
         except RuntimeError as error:
             rank = self._mesh.rank_at(peer, self._mesh.data_rank)
-            raise PipelineError(f"rank {self._mesh.rank} {doing} (rank {rank}): {error}") from error
+            reason = str(error).splitlines()[0]
+            raise PipelineError(f"rank {self._mesh.rank} failed {doing} (rank {rank}): {reason}") from error
 
 
 def _words(message: Message) -> str:

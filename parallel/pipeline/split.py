@@ -1,5 +1,7 @@
 """Which layers each pipeline stage holds. No torch."""
 
+from itertools import pairwise
+
 from model.config import ModelConfig
 from model.counts import block_shapes, flops_per_token
 
@@ -33,7 +35,9 @@ def end_cost(config: ModelConfig) -> float:
     return head + with_mtp / 6
 
 
-def split_layers(config: ModelConfig, num_stages: int, layers_per_stage: tuple[int, ...] | None = None) -> tuple[range, ...]:
+def split_layers(
+    config: ModelConfig, num_stages: int, layers_per_stage: tuple[int, ...] | None = None
+) -> tuple[range, ...]:
     """Contiguous layers of each stage, first to last.
 
     layers_per_stage None: the split whose most expensive stage is cheapest, head and MTP counted on the last one
@@ -53,7 +57,7 @@ def split_layers(config: ModelConfig, num_stages: int, layers_per_stage: tuple[i
             f"model.num_hidden_layers={total}: for example {example}"
         )
     bounds = [sum(layers_per_stage[:i]) for i in range(num_stages + 1)]
-    return tuple(range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(bounds))
 
 
 def _balanced(costs: list[float], end: float, num_stages: int) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
     OMP_WAIT_POLICY=PASSIVE python -m tests.bench.peer_step [--json] [--repetitions 5] [overrides]
 
-Every expert implementation of transformers that fits in memory is measured, in BF16 both with BF16 weights and under autocast
-with FP32 weights; the best of them is the peer. Both sides do forward, backward, clip and AdamW; the figure is tokens
-per CPU second of the process. Ours alone: `expertpipe bench step`.
+Every expert implementation of transformers that fits in memory is measured, in BF16 both with BF16 weights and under
+autocast with FP32 weights; the best of them is the peer. Both sides do forward, backward, clip and AdamW; the figure
+is tokens per CPU second of the process. Ours alone: `expertpipe bench step`.
 """
 
 import argparse
@@ -30,9 +30,10 @@ def peer_step(config: Any, implementation: str, *, autocast: bool) -> Callable[[
     """One training step of the published architecture by transformers and torch's fused AdamW."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    settings = published_config(config.model, "float32")
+    settings: dict[str, Any] = published_config(config.model, "float32")
     settings.pop("rope_scaling")
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings, experts_implementation=implementation))
+    settings["experts_implementation"] = implementation
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings))
     low = config.train.precision == "bf16"
     if low and not autocast:
         model = model.bfloat16()

@@ -63,9 +63,7 @@ def config(
         moments="fp32",
         clip_norm=clip_norm,
     )
-    parallel = ParallelConfig(
-        pipeline=pipeline, data=data, expert=expert, schedule=schedule, layers_per_stage=layers
-    )
+    parallel = ParallelConfig(pipeline=pipeline, data=data, expert=expert, schedule=schedule, layers_per_stage=layers)
     train = TrainConfig(
         steps=STEPS, global_batch_size=microbatches * data, micro_batch_size=1, precision="fp32", device="cpu",
         timeout_seconds=100, threads=1,
@@ -188,7 +186,10 @@ def plain_trace(run_config: RunConfig) -> Trace:
     tokens, batch = 0, c.train.global_batch_size
     for step in range(STEPS):
         windows = torch.from_numpy(loader.windows(np.arange(step * batch, (step + 1) * batch)))
-        losses = [_plain_microbatch(model, alias, row[None], 1 / batch, value_at(c.optim.mtp_lambda, tokens)) for row in windows]
+        losses = [
+            _plain_microbatch(model, alias, row[None], 1 / batch, value_at(c.optim.mtp_lambda, tokens))
+            for row in windows
+        ]
         for weight in named.values():
             weight.grad = weight.main_grad.clone()  # type: ignore[attr-defined]
             weight.main_grad.zero_()  # type: ignore[attr-defined]
@@ -209,7 +210,9 @@ def plain_trace(run_config: RunConfig) -> Trace:
     return trace
 
 
-def _plain_microbatch(model: Transformer, alias: _Alias, tokens: Tensor, share: float, lam: float) -> tuple[Tensor, Tensor]:
+def _plain_microbatch(
+    model: Transformer, alias: _Alias, tokens: Tensor, share: float, lam: float
+) -> tuple[Tensor, Tensor]:
     batch = Microbatch(tokens, share, lam)
     plain = model.embed_tokens
     hidden = model.run_layers(None, batch)
@@ -234,4 +237,3 @@ def _plain_routers(model: Transformer, trace: Trace, *, speed: float) -> None:
         router.reset()
     trace.biases.append(biases)
     trace.counts.append(counts)
-

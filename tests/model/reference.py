@@ -1,4 +1,4 @@
-"""The published architecture's implementation in transformers, with our weights in it: what parity is measured against."""
+"""The published architecture's implementation in transformers with our weights in it: what parity is measured on."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,7 @@
 """Ranks to positions and groups: arithmetic alone, and at the size of the published layout."""
 
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -73,6 +74,7 @@ def test_every_rank_is_in_one_pipeline(config: ParallelConfig) -> None:
     assert sorted(rank for ranks in pipelines for rank in ranks) == list(range(config.world_size))
 
 
+@cache
 def layout(schedule: str, *, has_mtp: bool) -> Layout:
     config = compose(["model=671b"]).model
     return Layout(build(schedule, num_ranks=16, num_microbatches=120), split_layers(config, 16), has_mtp)

@@ -63,8 +63,8 @@ def one_rank(orders: list[list[int]]) -> dict[str, Any]:
             result["error"] = str(error)
     else:
         box.send(Message("F", 1, 0), tensor(Message("F", 1, 0)))
-        time.sleep(TIMEOUT_SECONDS + 1)
     result["seconds"] = time.monotonic() - start
+    dist.barrier()  # alive all the while
     return result
 
 
@@ -84,6 +84,8 @@ def test_messages_arrive_right_in_any_order_of_consumption(ranks: Any, index: in
 
 
 def test_a_peer_that_never_sends_is_named_within_the_timeout(ranks: Any) -> None:
+    """The group's 2 seconds, not the 60 of the world."""
     error = ranks[1]["error"]
-    assert "rank 1 waited for the activation for stage 1 micro-batch 2 from pipeline rank 0 (rank 0)" in error
-    assert TIMEOUT_SECONDS <= ranks[1]["seconds"] < TIMEOUT_SECONDS + 1
+    assert error.startswith("rank 1 ")
+    assert "the activation for stage 1 micro-batch 2 from pipeline rank 0 (rank 0)" in error
+    assert TIMEOUT_SECONDS - 0.1 <= ranks[1]["seconds"] < TIMEOUT_SECONDS + 10

@@ -11,7 +11,7 @@ from parallel.pipeline.actions import Action, Pair, Schedule, parts
 from parallel.pipeline.check import check
 from parallel.pipeline.schedules import BIDIRECTIONAL, SCHEDULES, ScheduleError, build
 
-SHAPES = settings(deadline=None, max_examples=15)
+SHAPES = settings(deadline=None, max_examples=10)
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
