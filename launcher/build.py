@@ -81,10 +81,8 @@ def build(
     timeout = timedelta(seconds=config.train.timeout_seconds)
     groups = Groups(mesh, layout.holder_sets(), timeout=timeout)
     dtype = DTYPES[config.train.precision]
-    model = build_local_model(
-        config.model, layout, mesh, groups, dtype=dtype, device=process.device, seed=config.train.seed
-    )
-    zero1 = Zero1(model.parameters.values())
+    model = build_local_model(config.model, layout, mesh, groups, device=process.device, seed=config.train.seed)
+    zero1 = Zero1(model.parameters.values(), dtype=dtype)
     optimizer = AdamW(
         [bucket.master for bucket in zero1.buckets],
         [bucket.grad for bucket in zero1.buckets],

@@ -32,9 +32,9 @@ def demo(argv: Sequence[str]) -> int:
     folder = Path(config.data.prefix).parent
     prepared = prepare(corpus=arguments.corpus, out_dir=folder, vocab_size=VOCAB_SIZE, progress=_indented)
     _say("2/3  training")
-    from launcher.__main__ import main
+    from launcher.start import start
 
-    code = main(["train", *overrides])
+    code = start(overrides)
     if code:
         return code
     _say("3/3  held-out text")

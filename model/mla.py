@@ -7,9 +7,9 @@ through qk_rope_head_dim extra dimensions, of which the key has one copy for all
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import causal_attention
 from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
@@ -81,9 +81,9 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
         # CPU flash attention wants one head size; a GPU's takes the value's own.
         value_dim = self.value if x_BSD.is_cuda else max(self.value, q_BSHX.shape[3])
-        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, value_dim)  # type: ignore
-        out_BHSV = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.o_proj(out_BHSV[..., : self.value].transpose(1, 2).flatten(2))
+        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, self.value)  # type: ignore
+        out_BHSV = causal_attention(q, k, v, self.scale)
+        return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         if hasattr(self, "q_proj"):

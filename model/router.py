@@ -27,7 +27,7 @@ class Routing:
 class Router(nn.Module):
     """Sigmoid gate with a selection bias and group-limited top-k.
 
-    `counts_E` (int64) adds up how many tokens each expert was sent since `reset`, `balance_loss_sum` the
+    In training `counts_E` (int64) adds up how many tokens each expert was sent since `reset`, `balance_loss_sum` the
     sequence-wise loss; the trainer reduces both over the global batch, updates the bias and resets.
     """
 
@@ -55,7 +55,8 @@ class Router(nn.Module):
         scores_TE = self.proj(x_TD).sigmoid()
         with torch.no_grad():
             ids_TK = self.choose(scores_TE)
-            self.counts_E += torch.bincount(ids_TK.flatten(), minlength=c.n_routed_experts)
+            if self.training:  # an evaluation between two steps must not move the bias
+                self.counts_E += torch.bincount(ids_TK.flatten(), minlength=c.n_routed_experts)
         weights_TK = scores_TE.gather(1, ids_TK)
         if c.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)

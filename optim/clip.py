@@ -21,7 +21,9 @@ def _sum_of_squares(flat: Tensor) -> Tensor:
     """In FP32 within stretches short enough to be accurate, in FP64 over them: no FP64 copy of the gradients."""
     whole = len(flat) // STRETCH * STRETCH
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, STRETCH), dim=1)
-    return norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
+    total = norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()
+    # Squares beyond 1e38 overflow FP32 although the values are finite: only then is the FP64 copy worth its price.
+    return total if torch.isfinite(total) else flat.double().square().sum()
 
 
 def clip_scale(norm: float, limit: float) -> float:

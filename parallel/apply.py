@@ -69,11 +69,10 @@ def build_local_model(
     mesh: Mesh,
     groups: Groups,
     *,
-    dtype: torch.dtype,
     device: torch.device,
     seed: int,
 ) -> LocalModel:
-    """Build, initialise and describe what this rank holds; the same weights whatever the layout."""
+    """Build, initialise in FP32 and describe what this rank holds; the same weights whatever the layout."""
     expert_ids = mesh.expert_ids(config.n_routed_experts)
     dispatcher: TokenDispatcher = LocalDispatcher(config.n_routed_experts)
     if mesh.config.expert > 1:
@@ -83,8 +82,6 @@ def build_local_model(
         with device:
             stage = Transformer(config, layers=layout.stages[number], expert_ids=expert_ids, dispatcher=dispatcher)
         initialise(stage, std=config.initializer_range, seed=seed)
-        for weight in stage.parameters():
-            weight.data = weight.data.to(dtype)
         stages[number] = stage
     _share_embedding(stages)
     return LocalModel(stages, _describe(config, layout, mesh, groups, stages), _routers(layout, stages))

@@ -53,26 +53,27 @@ class Bucket:
     master: this rank's FP32 shard (in FP32 models the weights' own memory); grad: its reduced gradient.
     """
 
-    def __init__(self, parameters: list[LocalParameter]) -> None:
+    def __init__(self, parameters: list[LocalParameter], dtype: torch.dtype) -> None:
         self.parameters, self.group, self.decay = parameters, parameters[0].group, parameters[0].decay
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        first = parameters[0].weight
+        device = parameters[0].weight.device
         unit = self.size * ALIGN_ELEMENTS
         total = math.ceil(sum(p.weight.numel() for p in parameters) / unit) * unit
-        self.weights = torch.zeros(total, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros(total, dtype=torch.float32, device=first.device)
+        wide = torch.zeros(total, dtype=torch.float32, device=device)
+        self.weights = wide if dtype == torch.float32 else torch.empty(total, dtype=dtype, device=device)
+        self.grads = torch.zeros(total, dtype=torch.float32, device=device)
         self.shard = slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
         start = 0
         for parameter in parameters:
             weight = parameter.weight
             stop = start + weight.numel()
-            flat = self.weights[start:stop].view(weight.shape)
-            flat.copy_(weight.detach())
-            weight.data = flat
+            wide[start:stop] = weight.detach().flatten()
+            weight.data = self.weights[start:stop].view(weight.shape)
             weight.main_grad = self.grads[start:stop].view(weight.shape)  # type: ignore[attr-defined]
             start = stop
-        own = self.weights[self.shard]
-        self.master = own if own.dtype == torch.float32 else own.float()
+        # The masters start from the weights as they were given, before rounding.
+        self.master = wide[self.shard] if wide is self.weights else wide[self.shard].clone()
+        self.weights.copy_(wide)
         self.grad = self.grads[self.shard] if self.size == 1 else torch.zeros_like(self.master)
 
     def pieces(self) -> Iterator[Piece]:
@@ -87,16 +88,25 @@ class Bucket:
 
 
 class Zero1:
-    """Gradients and weights of one rank, in buckets of at most about `bucket_bytes` of FP32 gradient."""
+    """Gradients and weights of one rank, in buckets of at most about `bucket_bytes` of FP32 gradient.
 
-    def __init__(self, parameters: Iterable[LocalParameter], *, bucket_bytes: int = 1 << 30) -> None:
+    dtype: what the modules compute with from here on, whatever the weights were initialised in.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[LocalParameter],
+        *,
+        dtype: torch.dtype = torch.float32,
+        bucket_bytes: int = 1 << 30,
+    ) -> None:
         kinds: dict[tuple[int, bool], list[list[LocalParameter]]] = {}
         for p in parameters:
             open_buckets = kinds.setdefault((id(p.group), p.decay), [[]])
             if open_buckets[-1] and 4 * sum(q.weight.numel() for q in [*open_buckets[-1], p]) > bucket_bytes:
                 open_buckets.append([])
             open_buckets[-1].append(p)
-        self.buckets = [Bucket(bucket) for lists in kinds.values() for bucket in lists]
+        self.buckets = [Bucket(bucket, dtype) for lists in kinds.values() for bucket in lists]
 
     def reduce_gradients(self) -> None:
         """Sum each bucket's gradients over its group into the owners' shards."""

@@ -3,7 +3,7 @@
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from parallel.pipeline.actions import Action, Message, Schedule, parts
+from parallel.pipeline.actions import KINDS, Action, Message, Schedule, Step, parts
 
 
 class InvalidSchedule(ValueError):
@@ -23,6 +23,8 @@ class Peaks:
 
 def check(schedule: Schedule) -> Peaks:
     """Peaks of a sound schedule; InvalidSchedule otherwise."""
+    if len(schedule.ranks) != schedule.num_ranks:
+        raise InvalidSchedule(f"{schedule.name}: {len(schedule.ranks)} lists of actions for {schedule.num_ranks} ranks")
     faults = _incomplete(schedule) + _misplaced(schedule)
     if not faults:
         faults = _out_of_order(schedule)
@@ -43,6 +45,7 @@ def _incomplete(schedule: Schedule) -> list[str]:
             kinds = "".join(kind for kind in "FBIW" if Action(kind, stage, m) in found)
             if kinds not in ("FB", "FIW"):
                 faults.append(f"stage {stage} micro-batch {m} has actions '{kinds}', needs F and B, or F, I and W")
+    faults += [f"{action.describe()} is of no known kind" for action in found if action.kind not in KINDS]
     faults += [
         f"{action.describe()} is outside {schedule.num_stages} stages and {schedule.num_microbatches} micro-batches"
         for action in found
@@ -62,23 +65,28 @@ def _misplaced(schedule: Schedule) -> list[str]:
 
 def _out_of_order(schedule: Schedule) -> list[str]:
     """Run the lists against each other; whoever can never go on is in, or behind, a cycle of waits."""
-    todo = [deque(_actions(schedule, rank)) for rank in range(schedule.num_ranks)]
+    todo = [deque(steps) for steps in schedule.ranks]
     done: set[Action] = set()
     sent: set[Message] = set()
     progress = True
     while progress:
         progress = False
         for queue in todo:
-            while queue and not _missing(schedule, queue[0], done, sent):
-                action = queue.popleft()
-                done.add(action)
-                message = schedule.output(action)
-                if message is not None:
-                    sent.add(message)
+            while queue and not _blocked(schedule, queue[0], done, sent):
+                for action in parts(queue.popleft()):
+                    done.add(action)
+                    message = schedule.output(action)
+                    if message is not None:
+                        sent.add(message)
                 progress = True
     if not any(todo):
         return []
     return ["deadlock: " + _cycle(schedule, [list(queue) for queue in todo], done, sent)]
+
+
+def _blocked(schedule: Schedule, step: Step, done: set[Action], sent: set[Message]) -> Action | None:
+    """The action that keeps a step from starting; both halves of a pair must be ready, for their phases interleave."""
+    return next((action for action in parts(step) if _missing(schedule, action, done, sent)), None)
 
 
 def _missing(schedule: Schedule, action: Action, done: set[Action], sent: set[Message]) -> str | None:
@@ -94,14 +102,15 @@ def _missing(schedule: Schedule, action: Action, done: set[Action], sent: set[Me
     return None
 
 
-def _cycle(schedule: Schedule, todo: list[list[Action]], done: set[Action], sent: set[Message]) -> str:
+def _cycle(schedule: Schedule, todo: list[list[Step]], done: set[Action], sent: set[Message]) -> str:
     """Follow 'rank a's next action waits for rank b' from a stuck rank until a rank repeats."""
     rank = next(r for r, queue in enumerate(todo) if queue)
     seen: dict[int, int] = {}
     path: list[str] = []
     while rank not in seen:
         seen[rank] = len(path)
-        action = todo[rank][0]
+        action = _blocked(schedule, todo[rank][0], done, sent)
+        assert action is not None
         needed = schedule.inputs(action)
         waits_for = _missing(schedule, action, done, sent)
         other = rank

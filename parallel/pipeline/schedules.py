@@ -83,7 +83,7 @@ def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
             r.forward(1)
         for i in range(num_microbatches // 2 - num_ranks + inner + 1):  # step 4, the main one
             if i == 0 and inner == half - 1:
-                # The two middle ranks would wait for each other's forward: not a pair.
+                # Not a pair, as in the released schedule: the forward alone reaches the next rank sooner.
                 r.forward(0)
                 r.backward(1)
             else:
@@ -122,13 +122,14 @@ def build(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
     if num_ranks < 1 or num_microbatches < 1:
         raise ScheduleError(f"{name} needs at least 1 rank and 1 micro-batch, not {num_ranks} and {num_microbatches}")
     if name == "dualpipe":
+        ranks = num_ranks + num_ranks % 2
+        nearest = max(2 * ranks, num_microbatches + num_microbatches % 2)
         if num_ranks % 2:
             raise ScheduleError(
                 f"dualpipe pairs the two halves of the pipeline, so its ranks must be even, not {num_ranks}: "
-                f"use {num_ranks + 1} ranks, or 1f1b"
+                f"use {ranks} ranks with {nearest} micro-batches, or 1f1b"
             )
-        if num_microbatches % 2 or num_microbatches < 2 * num_ranks:
-            nearest = max(2 * num_ranks, num_microbatches + num_microbatches % 2)
+        if nearest != num_microbatches:
             raise ScheduleError(
                 f"dualpipe on {num_ranks} ranks needs an even number of micro-batches, at least {2 * num_ranks}, "
                 f"not {num_microbatches}: use {nearest}, or 1f1b"

@@ -61,7 +61,7 @@ def split_layers(
 
 
 def _balanced(costs: list[float], end: float, num_stages: int) -> tuple[int, ...]:
-    """Sizes that minimise the largest stage cost, then the sum of squares, by dynamic programming over prefixes."""
+    """Sizes that minimise the largest stage cost; among prefixes that tie, the one with the smaller sum of squares."""
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pytest
 import yaml
 
 from launcher import __main__ as cli
-from launcher.__main__ import COMMANDS, main, outer_world_size, slurm_environment
+from launcher.__main__ import COMMANDS, main
 from launcher.config import ConfigError
+from launcher.start import outer_world_size, slurm_environment
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
@@ -38,19 +38,25 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
 
 
+def child_cpu_seconds() -> float:
+    """CPU time of the processes that have ended: unlike wall time not a matter of what else the machine does."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_help_lists_the_commands_at_once() -> None:
-    start = time.perf_counter()
+    start = child_cpu_seconds()
     result = run("--help")
-    assert time.perf_counter() - start < 2
+    assert child_cpu_seconds() - start < 2
     assert result.returncode == 0
     for name in ("train", "demo", "prepare", "score", "generate", "bench", "doctor", "checkpoint"):
         assert f"\n  {name} " in result.stdout
 
 
 def test_bad_config_is_a_short_list_within_5_seconds_without_traceback() -> None:
-    start = time.perf_counter()
+    start = child_cpu_seconds()
     result = run("train", "experiment=tiny", "parallel.pipelin=4", "parallel.expert=3", "data.prefix=no/where")
-    assert time.perf_counter() - start < 5
+    assert child_cpu_seconds() - start < 5
     assert (result.returncode, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()

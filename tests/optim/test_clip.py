@@ -52,3 +52,8 @@ def test_the_factor_is_that_of_torch(norm: float, limit: float) -> None:
 
 def test_a_limit_of_zero_does_not_clip() -> None:
     assert clip_scale(1e9, 0.0) == 1.0
+
+
+def test_huge_finite_gradients_have_a_finite_norm() -> None:
+    """1e30 squared overflows FP32, the norm does not."""
+    assert global_norm([torch.full((5000,), 1e30)], lambda total: None, CPU) == pytest.approx(1e30 * 5000**0.5)

@@ -49,7 +49,7 @@ def steps(group: Any, dtype: torch.dtype, bucket_bytes: int) -> dict[str, Any]:
     parameters = [
         LocalParameter(name, weight, SHAPES[name], 0, group, decay=weight.ndim > 1) for name, weight in weights.items()
     ]
-    zero = Zero1(parameters, bucket_bytes=bucket_bytes)
+    zero = Zero1(parameters, dtype=dtype, bucket_bytes=bucket_bytes)
     result: dict[str, Any] = {"weights": [], "grads": [], "masters": [], "pieces": [], "buckets": []}
     for step in range(STEPS):
         for name, weight in weights.items():

@@ -184,3 +184,22 @@ def test_a_pair_is_written_as_torch_writes_it() -> None:
     pair = Pair(Action("F", 0, 4), Action("B", 7, 1))
     assert str(pair) == "(0F4;7B1)OVERLAP_F_B"
     assert pair.describe() == "F stage 0 micro-batch 4 with B stage 7 micro-batch 1"
+
+
+def test_a_pair_starts_only_when_both_halves_can() -> None:
+    """Two forwards of the same index on the middle ranks wait for each other once they are pairs."""
+    schedule = build("dualpipe", num_ranks=2, num_microbatches=4)
+    together = tuple((Pair(steps[0], steps[1]), *steps[2:]) for steps in schedule.ranks)  # type: ignore[arg-type]
+    assert "deadlock" in fault(replace(schedule, ranks=together))
+
+
+def test_a_forward_cannot_be_paired_with_its_own_backward() -> None:
+    schedule = build("1f1b", num_ranks=2, num_microbatches=2)
+    forward, backward, *rest = schedule.ranks[1]
+    own = with_rank(schedule, 1, [Pair(forward, backward), *rest])  # type: ignore[arg-type]
+    assert "its own forward" in fault(own)
+
+
+def test_unknown_kinds_and_missing_ranks_are_faults() -> None:
+    assert "no known kind" in fault(with_rank(PLAIN, 0, [*PLAIN.ranks[0], Action("X", 0, 0)]))
+    assert "2 lists of actions for 3 ranks" in fault(replace(PLAIN, ranks=PLAIN.ranks[:2]))

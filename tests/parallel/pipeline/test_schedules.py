@@ -108,13 +108,14 @@ def test_wrong_micro_batches_are_answered_with_a_number_that_works(ranks: int, m
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 7, 63])
-def test_odd_ranks_are_answered_with_a_number_that_works(ranks: int) -> None:
+@pytest.mark.parametrize("microbatches", [2, 199])
+def test_odd_ranks_are_answered_with_numbers_that_work(ranks: int, microbatches: int) -> None:
     with pytest.raises(ScheduleError, match="must be even") as caught:
-        dualpipe(ranks, 200)
-    found = re.search(r"use (\d+) ranks, or (\w+)", str(caught.value))
+        dualpipe(ranks, microbatches)
+    found = re.search(r"use (\d+) ranks with (\d+) micro-batches, or (\w+)", str(caught.value))
     assert found and f"not {ranks}" in str(caught.value)
-    check(dualpipe(int(found[1]), 200))
-    check(build(found[2], num_ranks=ranks, num_microbatches=200))
+    check(dualpipe(int(found[1]), int(found[2])))
+    check(build(found[3], num_ranks=ranks, num_microbatches=microbatches))
 
 
 def test_an_unknown_schedule_is_answered_with_those_that_exist() -> None:

@@ -1,0 +1,123 @@
+"""Causal softmax attention: torch's kernel on a GPU, batched products over blocks of queries on a CPU.
+
+torch's CPU flash kernel wants values as wide as keys and its backward is slow. Here a block of queries meets all keys
+up to its own last one at once, so that the backward can recompute the probabilities from q and k alone, without the
+running statistics of FlashAttention (arXiv 2205.14135), and keys above the diagonal are never touched.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEADS = 8  # in one batched product
+BLOCK, BF16_BLOCK = 128, 256  # queries at a time: scores in cache, but BF16 products want to be large
+
+
+class _Probabilities:
+    """Rows of softmax(scale q k^T) in scratch memory that every block uses again; FP32 for BF16 operands."""
+
+    def __init__(self, q_BHSX: Tensor, scale: float) -> None:
+        _, heads, length, _ = q_BHSX.shape
+        low = q_BHSX.dtype == torch.bfloat16
+        self.scale, self.block = scale, min(BF16_BLOCK if low else BLOCK, length)
+        empty = q_BHSX.new_empty(0, dtype=torch.float32 if low else None)
+        self.buffers = empty.new_empty(2, min(HEADS, heads) * self.block * length)
+        self.above = empty.new_full((self.block, self.block), float("-inf")).triu_(1)
+
+    def rows(self, length: int) -> Iterator[slice]:
+        """The blocks of queries of a sequence."""
+        return (slice(start, min(start + self.block, length)) for start in range(0, length, self.block))
+
+    def of(self, q_HSX: Tensor, k_HSX: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Queries `rows` with the keys up to the last of them: p [H, rows, rows.stop], and free scratch alike."""
+        heads, num = len(q_HSX), rows.stop - rows.start
+        scores, p = (buffer[: heads * num * rows.stop].view(heads, num, rows.stop) for buffer in self.buffers)
+        keys_HXS = k_HSX[:, : rows.stop].transpose(1, 2)
+        torch.baddbmm(scores, q_HSX[:, rows], keys_HXS, beta=0, alpha=self.scale, out=scores)
+        scores[..., rows.start :] += self.above[:num, :num]
+        return torch.softmax(scores, dim=-1, out=p), scores
+
+
+def _parts(x_BHSX: Tensor) -> Iterator[tuple[int, slice]]:
+    """Sequence and heads of each batch of products."""
+    for sequence in range(x_BHSX.shape[0]):
+        for head in range(0, x_BHSX.shape[1], HEADS):
+            yield sequence, slice(head, head + HEADS)
+
+
+def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+    B, H, S, V = v_BHSV.shape
+    out_BHSV = v_BHSV.new_empty(B, S, H, V).transpose(1, 2)  # the order in which the output projection reads it
+    probabilities = _Probabilities(q_BHSX, scale)
+    for part in _parts(q_BHSX):
+        q, k, v, out = q_BHSX[part], k_BHSX[part], v_BHSV[part], out_BHSV[part]
+        for rows in probabilities.rows(S):
+            p, _ = probabilities.of(q, k, rows)
+            out[:, rows] = torch.bmm(p, v[:, : rows.stop])
+    return out_BHSV
+
+
+def _backward(
+    grad_BHSV: Tensor, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; those of k and v are summed over the blocks in FP32."""
+    probabilities = _Probabilities(q_BHSX, scale)
+    wide, dtype = probabilities.buffers.dtype, q_BHSX.dtype
+    grads = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q_BHSX, k_BHSX, v_BHSV))
+    for part in _parts(q_BHSX):
+        q, k, v, grad = (x[part].contiguous() for x in (q_BHSX, k_BHSX, v_BHSV, grad_BHSV))
+        grad_q, grad_k, grad_v = (x[part] for x in grads)
+        wide_q, wide_k = q.to(wide), k.to(wide)
+        sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for rows in probabilities.rows(q.shape[1]):
+            seen = slice(0, rows.stop)
+            p, grad_p = probabilities.of(wide_q, wide_k, rows)
+            if dtype != wide:  # rounded for the products, as flash attention does
+                p, grad_p = p.to(dtype), grad_p.view(dtype).flatten()[: p.numel()].view(p.shape)
+            _add_bmm(sum_v[:, seen], p.transpose(1, 2), grad[:, rows])
+            torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2), out=grad_p)
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, dtype, grad_input=grad_p)
+            torch.mul(torch.bmm(grad_scores, k[:, seen]), scale, out=grad_q[:, rows])
+            _add_bmm(sum_k[:, seen], grad_scores.transpose(1, 2), q[:, rows])
+        torch.mul(sum_k, scale, out=grad_k)
+        grad_v.copy_(sum_v)
+    return grads  # type: ignore[return-value]
+
+
+def _add_bmm(acc: Tensor, left: Tensor, right: Tensor) -> None:
+    """acc += left @ right for each head, acc FP32 or as the operands."""
+    acc += torch.bmm(left, right)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Saves q, k and v only."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q_BHSX, k_BHSX, v_BHSV)
+        ctx.scale = scale
+        if q_BHSX.dtype != torch.bfloat16:
+            return _forward(q_BHSX, k_BHSX, v_BHSV, scale)
+        # Here the flash kernel, which multiplies BF16 into FP32 scores, is the faster one; it wants one head size.
+        width = max(q_BHSX.shape[3], v_BHSV.shape[3])
+        q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (q_BHSX, k_BHSX, v_BHSV))
+        out_BHSX = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return out_BHSX[..., : v_BHSV.shape[3]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *_backward(grads[0], *ctx.saved_tensors, ctx.scale), None
+
+
+def causal_attention(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, each position seeing itself and those before it: [B, H, S, V].
+
+    The plain twin is torch's scaled_dot_product_attention; a GPU uses it, and a CPU where torch's `sdpa_kernel` has
+    ruled flash attention out.
+    """
+    if q_BHSX.is_cuda or not torch.backends.cuda.flash_sdp_enabled():
+        return F.scaled_dot_product_attention(q_BHSX, k_BHSX, v_BHSV, is_causal=True, scale=scale)
+    return _CausalAttention.apply(q_BHSX, k_BHSX, v_BHSV, scale)  # type: ignore[return-value]
