@@ -99,10 +99,10 @@ CASES = [
     ("parallel.expert=4", "parallel.expert=4 does not divide parallel.data=2: use 1 or 2", "parallel.expert=1"),
     (
         "train.global_batch_size=37",
-        "train.global_batch_size=37 is not divisible by train.micro_batch_size=4 * parallel.data=2 = 8: use 32 or 48",
-        "train.global_batch_size=48",
+        "train.global_batch_size=37 is not divisible by train.micro_batch_size=2 * parallel.data=2 = 4: use 32 or 40",
+        "train.global_batch_size=40",
     ),
-    ("train.global_batch_size=8", "and 1 micro-batches", "train.global_batch_size=32"),
+    ("train.global_batch_size=4", "and 1 micro-batches", "train.global_batch_size=32"),
     ("parallel.pipeline=3", "parallel.schedule=dualpipe with parallel.pipeline=3", "parallel.pipeline=4"),
     (
         "parallel.pipeline=7",
