@@ -79,7 +79,7 @@ def _backward(
                 p, grad_p = p.to(dtype), grad_p.view(dtype).flatten()[: p.numel()].view(p.shape)
             _add_bmm(sum_v[:, seen], p.transpose(1, 2), grad[:, rows])
             torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2), out=grad_p)
-            grad_scores = torch._softmax_backward_data(grad_p, p, -1, dtype, grad_input=grad_p)
+            grad_scores = torch.ops.aten._softmax_backward_data.out(grad_p, p, -1, dtype, grad_input=grad_p)
             torch.mul(torch.bmm(grad_scores, k[:, seen]), scale, out=grad_q[:, rows])
             _add_bmm(sum_k[:, seen], grad_scores.transpose(1, 2), q[:, rows])
         torch.mul(sum_k, scale, out=grad_k)
@@ -109,7 +109,8 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *_backward(grads[0], *ctx.saved_tensors, ctx.scale), None
+        q, k, v = ctx.saved_tensors
+        return *_backward(grads[0], q, k, v, ctx.scale), None
 
 
 def causal_attention(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:

@@ -79,8 +79,6 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
         q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
-        # CPU flash attention wants one head size; a GPU's takes the value's own.
-        value_dim = self.value if x_BSD.is_cuda else max(self.value, q_BSHX.shape[3])
         q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, self.value)  # type: ignore
         out_BHSV = causal_attention(q, k, v, self.scale)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))

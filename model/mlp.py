@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.chunks import row_chunks
 from model.linear import Linear
 
 
@@ -15,23 +16,30 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = F.silu(gate).mul_(up)
-        return out if weights is None else out.mul_(weights.unsqueeze(-1))
+        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        gate_up_RF, out_RF = gate_up.flatten(0, -2), out.flatten(0, -2)
+        for rows in row_chunks(gate_up_RF):
+            gate, up = gate_up_RF[rows].chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=out_RF[rows])
+            if weights is not None:
+                out_RF[rows].mul_(weights.flatten()[rows].unsqueeze(-1))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
-        (grad_out,) = grads
         gate_up, weights = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        activated, grad_weights = F.silu(gate), None
-        if weights is not None:
-            grad_weights = torch.linalg.vecdot(grad_out.float(), (activated * up).float()).to(weights.dtype)
-            grad_out = grad_out * weights.unsqueeze(-1).to(grad_out.dtype)
-        torch.mul(grad_out, activated, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_out).mul_(up), gate))
+        grad_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        grad_weights = None if weights is None else torch.empty_like(weights)
+        whole_RF, gate_up_RF, grad_out_RF = (x.flatten(0, -2) for x in (grad_gate_up, gate_up, grads[0]))
+        for rows in row_chunks(gate_up_RF):
+            gate, up = gate_up_RF[rows].chunk(2, dim=-1)
+            grad_gate, grad_up = whole_RF[rows].chunk(2, dim=-1)
+            grad_out, activated = grad_out_RF[rows], F.silu(gate)
+            if weights is not None and grad_weights is not None:
+                grad_weights.view(-1)[rows] = torch.linalg.vecdot(grad_out.float(), (activated * up).float())
+                grad_out = grad_out * weights.flatten()[rows].unsqueeze(-1).to(grad_out.dtype)
+            torch.mul(grad_out, activated, out=grad_up)
+            grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_out).mul_(up), gate))
         return grad_gate_up, grad_weights
 
 

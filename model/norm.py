@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.chunks import row_chunks
 from model.weight_grad import Weighted, WeightGradSink
 
 
@@ -13,25 +14,34 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, sink: WeightGradSink) -> Tensor:
-        wide = x.float()
-        inverse_rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse_rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse_rms)
+        x_TD, y = x.flatten(0, -2), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y_TD, inverse_rms_T1 = y.view(x_TD.shape), torch.empty(len(x_TD), 1, dtype=torch.float32, device=x.device)
+        for rows in row_chunks(x_TD):
+            wide, inverse_rms = x_TD[rows].float(), inverse_rms_T1[rows]
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=inverse_rms)
+            inverse_rms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            torch.mul(wide * inverse_rms, weight, out=y_TD[rows])
+        ctx.save_for_backward(x, weight, inverse_rms_T1)
         ctx.sink = sink
-        return (wide * inverse_rms).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        grad_y = grads[0].float()
-        x, weight, inverse_rms = ctx.saved_tensors
-        normed = x.float() * inverse_rms
-        grad_normed = grad_y * weight
+        x, weight, inverse_rms_T1 = ctx.saved_tensors
+        x_TD, grad_TD = x.flatten(0, -2), grads[0].flatten(0, -2)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_x_TD, grad_weight = grad_x.view(x_TD.shape), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in row_chunks(x_TD):
+            grad_y, inverse_rms = grad_TD[rows].float(), inverse_rms_T1[rows]
+            normed = x_TD[rows].float() * inverse_rms
+            grad_normed = grad_y * weight
+            if ctx.needs_input_grad[1]:
+                grad_weight += torch.linalg.vecdot(grad_y, normed, dim=0)
+            projection = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1).div_(x.shape[-1])
+            torch.mul(grad_normed.sub_(normed.mul_(projection)), inverse_rms, out=grad_x_TD[rows])
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.linalg.vecdot(grad_y.flatten(0, -2), normed.flatten(0, -2), dim=0)
             ctx.sink.put(weight, lambda acc: acc.add_(grad_weight))
-        projection = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1).div_(x.shape[-1])
-        grad_x = grad_normed.sub_(normed.mul_(projection)).mul_(inverse_rms)
-        return grad_x.to(x.dtype), None, None, None
+        return grad_x, None, None, None
 
 
 class RMSNorm(Weighted):
