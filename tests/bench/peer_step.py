@@ -3,12 +3,14 @@
     OMP_WAIT_POLICY=PASSIVE python -m tests.bench.peer_step [--json] [--repetitions 5] [overrides]
 
 Every expert implementation of transformers that fits in memory is measured, in BF16 both with BF16 weights and under
-autocast with FP32 weights; the best of them is the peer. Both sides do forward, backward, clip and AdamW; the figure
-is tokens per CPU second of the process. Ours alone: `expertpipe bench step`.
+autocast with FP32 weights; the best of them is the peer, and takes turns of a few steps with ours. Both sides do
+forward, backward, clip and AdamW; the figure is tokens per CPU second of the process. Ours alone: `expertpipe bench
+step`.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from model.convert import published_config
 
 # A third one, batched_mm, copies an expert's weights for every token: 13 GB for one layer of this step.
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+STEPS_A_TURN = 3
 
 
 def peer_step(config: Any, implementation: str, *, autocast: bool) -> Callable[[], None]:
@@ -61,31 +64,47 @@ def peer_step(config: Any, implementation: str, *, autocast: bool) -> Callable[[
     return step
 
 
-def compare(overrides: list[str], *, repetitions: int) -> dict[str, Any]:
-    """Tokens per CPU second of both sides, step by step in turn."""
-    config = checked(["experiment=bench85m", *overrides], with_data=False)
-    peers: dict[str, Callable[[], None]] = {}
+def cpu_seconds(step: Callable[[], object]) -> list[float]:
+    """One turn: a step that is not counted, so that memory left alone during the other's turn is mapped again."""
+    step()
+    return [timed(step).cpu for _ in range(STEPS_A_TURN)]
+
+
+def best_peer(config: Any) -> tuple[str, dict[str, float]]:
+    """The fastest variant and CPU seconds a step of all, each alone in memory."""
+    seconds = {}
     for implementation in IMPLEMENTATIONS:
         for autocast in (False, True) if config.train.precision == "bf16" else (False,):
-            name = f"{implementation}{' autocast' if autocast else ''}"
-            peers[name] = peer_step(config, implementation, autocast=autocast)
+            step = peer_step(config, implementation, autocast=autocast)
+            step()
+            seconds[f"{implementation}{' autocast' if autocast else ''}"] = statistics.median(cpu_seconds(step))
+            del step
+            gc.collect()
+    return min(seconds, key=seconds.__getitem__), seconds
+
+
+def compare(overrides: list[str], *, repetitions: int) -> dict[str, Any]:
+    """Tokens per CPU second of both sides, turn by turn."""
+    config = checked(["experiment=bench85m", *overrides], with_data=False)
+    best, alone = best_peer(config)
+    implementation, _, mode = best.partition(" ")
+    theirs = peer_step(config, implementation, autocast=mode == "autocast")
     with process_group(config.train) as process:
         run = build_for_bench(config, process)
-        sides: dict[str, Callable[[], object]] = {"ours": lambda: train_step(run), **peers}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for repetition in range(-1, repetitions):
+        sides: dict[str, Callable[[], object]] = {"ours": lambda: train_step(run), best: theirs}
+        turns: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(-1, repetitions):
             for name, side in sides.items():
-                cpu = timed(side).cpu
-                if repetition >= 0:
-                    seconds[name].append(cpu)
+                seconds = statistics.median(cpu_seconds(side))
+                if turn >= 0:
+                    turns[name].append(seconds)
     tokens = tokens_per_step(run)
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    best = max(peers, key=speed.__getitem__)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best], strict=True)]
+    ratios = [peer / ours for ours, peer in zip(turns["ours"], turns[best], strict=True)]
     return {
         "bench": "peer_step",
         "dtype": config.train.precision,
-        "tokens_per_cpu_second": speed,
+        "tokens_per_cpu_second": {name: tokens / statistics.median(times) for name, times in turns.items()},
+        "peers_alone": {name: tokens / seconds for name, seconds in alone.items()},
         "best_peer": best,
         "ratio": statistics.median(ratios),
         "ratio_spread": [min(ratios), max(ratios)],
