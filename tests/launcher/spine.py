@@ -30,7 +30,7 @@ MODEL = ModelConfig(
     vocab_size=256, hidden_size=48, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=6,
     num_attention_heads=3, n_routed_experts=8, num_experts_per_tok=2, kv_lora_rank=24, q_lora_rank=32,
     qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=1, n_group=4, topk_group=2,
-    routed_scaling_factor=2.5, max_position_embeddings=32, initializer_range=0.1, aux_loss_alpha=1e-2,
+    routed_scaling_factor=2.5, max_position_embeddings=32, initializer_range=0.05, aux_loss_alpha=1e-2,
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def config(
 ) -> RunConfig:
     """A run with FP32 arithmetic and moments, MTP on, a learning rate that changes every step."""
     optim = OptimConfig(
-        lr=(Segment("linear", 1e-3, 5000), Segment("cosine", 1e-4, 1e5)),
+        lr=(Segment("linear", 3e-4, 5000), Segment("cosine", 3e-5, 1e5)),
         mtp_lambda=(Segment("constant", 0.3),),
         bias_update_speed=(Segment("constant", 1e-3),),
         moments="fp32",
