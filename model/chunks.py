@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-# Temporaries of 2 MB in FP32. Smaller ones suit one thread better, but waking a second one for every pass costs more.
-CHUNK_ELEMENTS = 1 << 19
+# Temporaries in cache, and passes so short that torch keeps them on one thread: waking a second one costs more.
+CHUNK_ELEMENTS = 1 << 15
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:

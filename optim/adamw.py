@@ -8,7 +8,8 @@ from torch import Tensor
 
 from optim.config import OptimConfig
 
-CHUNK = 1 << 17  # elements worked on at a time, so that the temporaries stay in cache
+# Elements worked on at a time: temporaries in cache, and passes so short that torch keeps them on one thread.
+CHUNK = 1 << 15
 
 
 @dataclass(frozen=True)
