@@ -19,39 +19,39 @@ from model.rope import rotate, softmax_scale
 class _Assemble(torch.autograd.Function):
     """Heads for the attention kernel from the projections, position applied, in one pass each way.
 
-    q_BSHX (X = N + P), kv_BSHY (Y = N + V), k_BSP -> q, k [B, H, S, X] and v [B, H, S, value_dim], zero beyond V.
+    q_BSHX (X = N + P), kv_BSHY (Y = N + V), k_BSP -> q, k [B, H, S, X] and v [B, H, S, V].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BSHX: Tensor, kv_BSHY: Tensor, k_BSP: Tensor, rotations_SP: Tensor, nope: int, value_dim: int
+        ctx: Any, q_BSHX: Tensor, kv_BSHY: Tensor, k_BSP: Tensor, rotations_SP: Tensor, nope: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, S, H, X = q_BSHX.shape
         q_BHSX, k_BHSX = q_BSHX.new_empty(B, H, S, X), q_BSHX.new_empty(B, H, S, X)
-        v_BHSV = q_BSHX.new_zeros(B, H, S, value_dim)
+        v_BHSV = q_BSHX.new_empty(B, H, S, kv_BSHY.shape[3] - nope)
         q, k, v = q_BHSX.transpose(1, 2), k_BHSX.transpose(1, 2), v_BHSV.transpose(1, 2)
         q[..., :nope] = q_BSHX[..., :nope]
         q[..., nope:] = rotate(q_BSHX[..., nope:], rotations_SP)
         k[..., :nope] = kv_BSHY[..., :nope]
         k[..., nope:] = rotate(k_BSP.unsqueeze(2), rotations_SP)
-        v[..., : kv_BSHY.shape[3] - nope] = kv_BSHY[..., nope:]
+        v[...] = kv_BSHY[..., nope:]
         ctx.save_for_backward(rotations_SP)
-        ctx.nope, ctx.value = nope, kv_BSHY.shape[3] - nope
+        ctx.nope = nope
         return q_BHSX, k_BHSX, v_BHSV
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
         (rotations_SP,) = ctx.saved_tensors
         nope, back = ctx.nope, rotations_SP.conj()
         q_BSHX = torch.empty(grad_q.shape, dtype=grad_q.dtype, device=grad_q.device)
         q_BSHX[..., :nope] = grad_q[..., :nope]
         q_BSHX[..., nope:] = rotate(grad_q[..., nope:], back)
-        kv_BSHY = grad_k.new_empty(*grad_k.shape[:3], nope + ctx.value)
+        kv_BSHY = grad_k.new_empty(*grad_k.shape[:3], nope + grad_v.shape[3])
         kv_BSHY[..., :nope] = grad_k[..., :nope]
-        kv_BSHY[..., nope:] = grad_v[..., : ctx.value]
+        kv_BSHY[..., nope:] = grad_v
         k_BSP = rotate(grad_k[..., nope:].sum(2, keepdim=True, dtype=torch.float32), back).squeeze(2)
-        return q_BSHX, kv_BSHY, k_BSP.to(grad_k.dtype), None, None, None
+        return q_BSHX, kv_BSHY, k_BSP.to(grad_k.dtype), None, None
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -60,7 +60,7 @@ class MultiHeadLatentAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c, heads = config, config.num_attention_heads
-        self.num_heads, self.nope, self.value, self.kv_rank = heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+        self.num_heads, self.nope, self.kv_rank = heads, c.qk_nope_head_dim, c.kv_lora_rank
         if c.q_lora_rank is None:
             self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim)
         else:
@@ -79,7 +79,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
         q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
-        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope, self.value)  # type: ignore
+        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope)  # type: ignore
         out_BHSV = causal_attention(q, k, v, self.scale)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
 
