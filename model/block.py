@@ -1,6 +1,6 @@
 """One transformer layer, as four phases that `parallel` may interleave with another chunk's; `forward` is the order.
 
-attend (attention, norms, router) -> dispatch -> experts -> combine (sum, shared experts, residual).
+attend (attention, norms, router) -> dispatch -> experts (shared ones too) -> combine -> merge (sums, residual).
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.dispatch import Dispatched, TokenDispatcher
+from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
 from model.experts import Experts
 from model.mla import MultiHeadLatentAttention
 from model.mlp import MLP
@@ -37,6 +37,10 @@ class MoE(nn.Module):
             self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
         self.dispatcher = dispatcher
 
+    def shared(self, x_BSD: Tensor) -> Tensor | None:
+        """Shared experts' output, None if the model has none."""
+        return None if self.shared_experts is None else self.shared_experts(x_BSD)
+
 
 class Block(nn.Module):
     """A layer: h + attention(norm(h)), then h + feed-forward(norm(h)), dense or mixture of experts."""
@@ -59,9 +63,12 @@ class Block(nn.Module):
         attended = self.attend(h_BSD, rotations_SP, share)
         if not isinstance(self.mlp, MoE):
             return attended.residual_BSD + self.mlp(attended.x_BSD)
-        dispatched = self.dispatch(attended)
-        rows_RD = self.experts(dispatched)
-        return self.combine(attended, rows_RD, dispatched)
+        x_TD, routing = attended.x_BSD.flatten(0, 1), attended.routing
+        assert routing is not None
+        sent = dispatch_tokens(self.mlp.dispatcher, x_TD, routing.ids_TK, routing.weights_TK)
+        rows_RD = self.mlp.experts(sent.rows_RD, sent.weights_R, sent.counts)
+        routed_TD = combine_rows(self.mlp.dispatcher, rows_RD, sent.handle)
+        return merge(attended.residual_BSD, routed_TD, self.mlp.shared(attended.x_BSD))
 
     def attend(self, h_BSD: Tensor, rotations_SP: Tensor, share: float) -> Attended:
         """Attention and its residual, the second norm, and the router with its balance loss."""
@@ -74,21 +81,10 @@ class Block(nn.Module):
                 x_BSD = attach_loss(x_BSD, self.mlp.gate.balance_loss(routing, len(x_BSD)), share)
         return Attended(residual_BSD, x_BSD, routing)
 
-    def dispatch(self, attended: Attended) -> Dispatched:
-        """Send the tokens to their experts."""
-        assert isinstance(self.mlp, MoE) and attended.routing is not None
-        routing = attended.routing
-        return self.mlp.dispatcher.dispatch(attended.x_BSD.flatten(0, 1), routing.ids_TK, routing.weights_TK)
 
-    def experts(self, dispatched: Dispatched) -> Tensor:
-        """Routed experts on what arrived: rows [R, D]."""
-        assert isinstance(self.mlp, MoE)
-        return self.mlp.experts(dispatched.rows_RD, dispatched.weights_R, dispatched.counts)
-
-    def combine(self, attended: Attended, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring the rows back, add shared experts and residual: [B, S, D]."""
-        assert isinstance(self.mlp, MoE)
-        out_BSD = self.mlp.dispatcher.combine(rows_RD, dispatched.handle).view_as(attended.x_BSD)
-        if self.mlp.shared_experts is not None:
-            out_BSD = out_BSD + self.mlp.shared_experts(attended.x_BSD)
-        return attended.residual_BSD + out_BSD
+def merge(residual_BSD: Tensor, routed_TD: Tensor, shared_BSD: Tensor | None) -> Tensor:
+    """A MoE layer's output: residual + (routed + shared): [B, S, D]."""
+    out_BSD = routed_TD.view_as(residual_BSD)
+    if shared_BSD is not None:
+        out_BSD = out_BSD + shared_BSD
+    return residual_BSD + out_BSD

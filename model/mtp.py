@@ -11,7 +11,10 @@ from model.norm import RMSNorm
 
 
 class MTPModule(nn.Module):
-    """h' = block(M [norm(embedding of the next token); norm(h)]), embedding first as in the published `eh_proj`."""
+    """h' = block(M [norm(embedding of the next token); norm(h)]), embedding first as in the published `eh_proj`.
+
+    The stage's chain runs the parts: `enter`, `block`, then `norm` before the shared head.
+    """
 
     def __init__(self, config: ModelConfig, *, expert_ids: range, dispatcher: TokenDispatcher) -> None:
         super().__init__()
@@ -22,10 +25,6 @@ class MTPModule(nn.Module):
         self.block = Block(config, moe=True, expert_ids=expert_ids, dispatcher=dispatcher)
         self.norm = RMSNorm(size, eps)
 
-    def forward(
-        self, embedded_BSD: Tensor, state_BSD: Tensor, rotations_SP: Tensor, share: float
-    ) -> tuple[Tensor, Tensor]:
-        """Embedded next tokens and the depth before's state -> (block output, the same normed), both [B, S, D]."""
-        joined = torch.cat([self.enorm(embedded_BSD), self.hnorm(state_BSD)], dim=-1)
-        h_BSD = self.block(self.eh_proj(joined), rotations_SP, share)
-        return h_BSD, self.norm(h_BSD)
+    def enter(self, embedded_BSD: Tensor, state_BSD: Tensor) -> Tensor:
+        """Embedded next tokens and the depth before's state -> the block's input [B, S, D]."""
+        return self.eh_proj(torch.cat([self.enorm(embedded_BSD), self.hnorm(state_BSD)], dim=-1))

@@ -4,7 +4,8 @@ A whole model is the stage with all layers, embedding and head; so one process a
 parameter has the same name everywhere.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +46,35 @@ class StageLoss:
     loss: Tensor
     main: Tensor
     mtp: tuple[Tensor, ...]
+
+
+@dataclass
+class Losses:
+    """What a micro-batch's passage through the last stage collects: weighted scalars to differentiate, plain means."""
+
+    roots: list[Tensor] = field(default_factory=list)
+    means: list[Tensor] = field(default_factory=list)
+
+    def add(self, mean: Tensor, weight: float) -> None:
+        """A mean in nats per position and its weight in the loss; the main one first, then each MTP depth."""
+        self.roots.append(mean * weight)
+        self.means.append(mean.detach())
+
+    def result(self) -> StageLoss:
+        """Their sum, differentiable as far as the roots are."""
+        main, *mtp = self.means
+        return StageLoss(sum(self.roots[1:], self.roots[0]), main, tuple(mtp))
+
+
+@dataclass(frozen=True)
+class Link:
+    """A piece of a stage: work on the hidden state that stays on this rank, then a MoE block, or none at the end.
+
+    enter(h_BSD or None, batch, losses) -> h_BSD.
+    """
+
+    enter: Callable[[Tensor | None, Microbatch, Losses], Tensor]
+    block: Block | None
 
 
 class _Embedding(torch.autograd.Function):
@@ -119,40 +149,89 @@ class Transformer(nn.Module):
         hidden_BSD: output of the stage before, None in the first. Gives the hidden state [B, S, D], or the losses
         in the last stage.
         """
-        h_BSD = self.run_layers(hidden_BSD, batch)
-        return self.losses(h_BSD, batch) if self.is_last else h_BSD
+        losses, h_BSD = Losses(), hidden_BSD
+        for link in self.chain():
+            h_BSD = link.enter(h_BSD, batch, losses)
+            if link.block is not None:
+                h_BSD = link.block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share)
+        assert h_BSD is not None
+        return losses.result() if self.is_last else h_BSD
+
+    def chain(self) -> list[Link]:
+        """The stage cut in front of each MoE block; dense layers, embedding, head and losses lie between.
+
+        Running the links in order is `forward`; `parallel` runs the blocks' phases among those of another micro-batch.
+        """
+        links: list[Link] = []
+        dense: list[Block] = []
+        for block in self.layers.values():
+            assert isinstance(block, Block)
+            if isinstance(block.mlp, MoE):
+                links.append(Link(self._through(dense, first=not links), block))
+                dense = []
+            else:
+                dense.append(block)
+        through = self._through(dense, first=not links)
+        for depth, module in enumerate(self.mtp, start=1):
+            assert isinstance(module, MTPModule)
+            links.append(Link(self._mtp_entry(through, depth, module), module.block))
+            through = _same
+        end = self._loss_after(through, len(self.mtp)) if self.is_last else through
+        return [*links, Link(end, None)]
+
+    def _through(self, dense: list[Block], *, first: bool) -> Callable[[Tensor | None, Microbatch, Losses], Tensor]:
+        """Embedding, where the model starts here, and dense layers."""
+
+        def enter(h_BSD: Tensor | None, batch: Microbatch, _losses: Losses) -> Tensor:
+            if first and self.is_first:
+                assert self.embed_tokens is not None and h_BSD is None
+                h_BSD = self.embed_tokens(batch.tokens[:, :-1])
+            assert h_BSD is not None, "a later stage needs the hidden state of the one before"
+            return self._dense(dense, h_BSD, batch)
+
+        return enter
+
+    def _dense(self, blocks: Iterable[Any], h_BSD: Tensor, batch: Microbatch) -> Tensor:
+        for block in blocks:
+            h_BSD = block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share)
+        return h_BSD
+
+    def _loss_after(
+        self, before: Callable[[Tensor | None, Microbatch, Losses], Tensor], depth: int
+    ) -> Callable[[Tensor | None, Microbatch, Losses], Tensor]:
+        """Norm and head of a depth (0: the main model) and its loss; gives the state that the next depth reads.
+
+        Position i of depth k reads t_(i+k) and predicts t_(i+k+1); the last k positions have no target.
+        """
+
+        def enter(h_BSD: Tensor | None, batch: Microbatch, losses: Losses) -> Tensor:
+            assert self.norm is not None and self.lm_head is not None
+            h_BSD = before(h_BSD, batch, losses)
+            normed_BSD = (self.mtp[depth - 1].norm if depth else self.norm)(h_BSD)  # type: ignore[operator]
+            targets_BS = _shifted(batch.tokens, depth)[:, 1:]
+            mean = head_loss(normed_BSD, self.lm_head.weight, targets_BS, self.lm_head.sink).mean()
+            losses.add(mean, batch.share * batch.mtp_lambda / len(self.mtp) if depth else batch.share)
+            return normed_BSD if self.config.mtp_hidden == "after_norm" else h_BSD
+
+        return enter
+
+    def _mtp_entry(
+        self, before: Callable[[Tensor | None, Microbatch, Losses], Tensor], depth: int, module: MTPModule
+    ) -> Callable[[Tensor | None, Microbatch, Losses], Tensor]:
+        """Loss of the depth before, then the way into MTP module `depth`."""
+        exit_before = self._loss_after(before, depth - 1)
+
+        def enter(h_BSD: Tensor | None, batch: Microbatch, losses: Losses) -> Tensor:
+            assert self.embed_tokens is not None
+            state_BSD = exit_before(h_BSD, batch, losses)
+            inputs_BS = _shifted(batch.tokens, depth)[:, :-1].clamp(min=0)
+            return module.enter(self.embed_tokens(inputs_BS), state_BSD)
+
+        return enter
 
     def run_layers(self, hidden_BSD: Tensor | None, batch: Microbatch) -> Tensor:
-        """Embedding, if here, and the blocks: [B, S, D] before the final norm."""
-        if self.is_first:
-            assert self.embed_tokens is not None and hidden_BSD is None
-            hidden_BSD = self.embed_tokens(batch.tokens[:, :-1])
-        assert hidden_BSD is not None, "a later stage needs the hidden state of the one before"
-        rotations_SP = self.rotations[: hidden_BSD.shape[1]]
-        for block in self.layers.values():
-            hidden_BSD = block(hidden_BSD, rotations_SP, batch.share)
-        assert hidden_BSD is not None
-        return hidden_BSD
-
-    def losses(self, h_BSD: Tensor, batch: Microbatch) -> StageLoss:
-        """Main loss and the loss of each MTP depth, from the last layer's output."""
-        assert self.norm is not None and self.lm_head is not None
-        weight, sink = self.lm_head.weight, self.lm_head.sink
-        normed_BSD = self.norm(h_BSD)
-        main = head_loss(normed_BSD, weight, batch.tokens[:, 1:], sink).mean()
-        loss = main * batch.share
-        state = normed_BSD if self.config.mtp_hidden == "after_norm" else h_BSD
-        mtp: list[Tensor] = []
-        for depth, module in enumerate(self.mtp, start=1):
-            assert isinstance(module, MTPModule) and self.embed_tokens is not None
-            # Position i reads t_(i+depth) and predicts t_(i+depth+1); the last `depth` positions have no target.
-            shifted = F.pad(batch.tokens[:, depth:], (0, depth), value=IGNORED)
-            embedded_BSD = self.embed_tokens(shifted[:, :-1].clamp(min=0))
-            h_BSD, normed_BSD = module(embedded_BSD, state, self.rotations[: state.shape[1]], batch.share)
-            state = normed_BSD if self.config.mtp_hidden == "after_norm" else h_BSD
-            mtp.append(head_loss(normed_BSD, weight, shifted[:, 1:], sink).mean())
-            loss = loss + mtp[-1] * (batch.share * batch.mtp_lambda / len(self.mtp))
-        return StageLoss(loss, main.detach(), tuple(value.detach() for value in mtp))
+        """Embedding, if here, and the main model's blocks: [B, S, D] before the final norm."""
+        return self._dense(self.layers.values(), self._through([], first=True)(hidden_BSD, batch, Losses()), batch)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Main model's logits of a whole (unsplit) model: tokens [B, S] -> [B, S, vocab] in the weights' dtype."""
@@ -166,3 +245,13 @@ class Transformer(nn.Module):
         first_mtp = self.config.num_hidden_layers
         blocks |= {first_mtp + k: module.block for k, module in enumerate(self.mtp)}  # type: ignore[misc]
         return {i: block.mlp.gate for i, block in blocks.items() if isinstance(block.mlp, MoE)}  # type: ignore
+
+
+def _same(h_BSD: Tensor | None, _batch: Microbatch, _losses: Losses) -> Tensor:
+    assert h_BSD is not None
+    return h_BSD
+
+
+def _shifted(tokens_BS: Tensor, depth: int) -> Tensor:
+    """Tokens `depth` further on, IGNORED beyond the end; same shape."""
+    return F.pad(tokens_BS[:, depth:], (0, depth), value=IGNORED) if depth else tokens_BS

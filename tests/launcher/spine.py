@@ -20,7 +20,7 @@ from launcher.runtime import process_group
 from launcher.step import StepResult, train_step
 from model.config import ModelConfig
 from model.init import initialise
-from model.transformer import Microbatch, Transformer
+from model.transformer import Losses, Microbatch, Transformer
 from optim.config import OptimConfig, Segment
 from optim.schedule import value_at
 from parallel.config import ParallelConfig
@@ -213,12 +213,15 @@ def plain_trace(run_config: RunConfig) -> Trace:
 def _plain_microbatch(
     model: Transformer, alias: _Alias, tokens: Tensor, share: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    batch = Microbatch(tokens, share, lam)
+    batch, losses, hidden = Microbatch(tokens, share, lam), Losses(), None
     plain = model.embed_tokens
-    hidden = model.run_layers(None, batch)
-    model.embed_tokens = alias  # type: ignore[assignment]
-    loss = model.losses(hidden, batch)
+    for i, link in enumerate(model.chain()):
+        model.embed_tokens = alias if i else plain  # type: ignore[assignment]
+        hidden = link.enter(hidden, batch, losses)
+        if link.block is not None:
+            hidden = link.block(hidden, model.rotations[: hidden.shape[1]], share)
     model.embed_tokens = plain
+    loss = losses.result()
     loss.loss.backward()
     return loss.main, torch.stack(loss.mtp).mean()
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.block import MoE
+from model.block import Block, MoE, merge
 from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Microbatch, StageLoss, Transformer
@@ -145,12 +145,16 @@ def test_routed_tokens_are_counted_in_every_moe_block() -> None:
 
 def test_phases_in_order_are_the_forward() -> None:
     block = build(TINY).layers["1"]
-    assert isinstance(block.mlp, MoE)
+    assert isinstance(block, Block) and isinstance(block.mlp, MoE)
     h, turns = torch.randn(2, 6, TINY.hidden_size), build(TINY).rotations[:6]
-    attended = block.attend(h, turns, 1.0)  # type: ignore[operator]
-    dispatched = block.dispatch(attended)  # type: ignore[operator]
-    rows = block.experts(dispatched)  # type: ignore[operator]
-    assert torch.equal(block.combine(attended, rows, dispatched), block(h, turns, 1.0))  # type: ignore[operator]
+    attended = block.attend(h, turns, 1.0)
+    assert attended.routing is not None
+    routing, dispatcher = attended.routing, block.mlp.dispatcher
+    sent = dispatcher.dispatch(attended.x_BSD.flatten(0, 1), routing.ids_TK, routing.weights_TK).wait()
+    rows = block.mlp.experts(sent.rows_RD, sent.weights_R, sent.counts)
+    routed = dispatcher.combine(rows, sent.handle).wait().sum_TD
+    out = merge(attended.residual_BSD, routed, block.mlp.shared(attended.x_BSD))
+    assert torch.equal(out, block(h, turns, 1.0))
 
 
 def in_bf16(config: ModelConfig) -> Transformer:
