@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.tokens import (
     TokenFile,
     TokenFileError,
     TokenWriter,
+    accept,
     problems,
     sha256_file,
 )
@@ -82,7 +84,8 @@ def test_round_trip(tmp_path, documents, dtype):
 
 
 def test_chunked_index(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.tokens._CHUNK", 2)  # several chunks, the last one short
+    monkeypatch.setattr("data.index.CHUNK", 2)
+    monkeypatch.setattr("data.tokens.CHUNK", 2)  # several chunks, the last one short
     documents = [[number] * (number + 1) for number in range(7)]
     assert [part.tolist() for part in TokenFile(write(tmp_path / "a", documents)).documents()] == documents
 
@@ -243,7 +246,75 @@ def test_problems_behind_right_sizes(tmp_path):
     raw = bytearray((tmp_path / "a.bin").read_bytes())
     raw[0] ^= 1
     (tmp_path / "a.bin").write_bytes(raw)
-    assert problems(prefix, 16, 2) == []  # sizes only: a flipped bit needs hashes
+    os.utime(tmp_path / "a.bin", ns=(0, 0))
+    assert problems(prefix, 16, 2) == []  # sizes and times only: a flipped bit needs hashes
     assert "a.bin: SHA-256 differs" in problems(prefix, 16, 2, hashes=True)[0]
     (tmp_path / "a.idx").write_bytes(b"\0" * 102)
+    os.utime(tmp_path / "a.idx", ns=(0, 0))
     assert "magic" in problems(prefix, 16, 2)[0]
+
+
+def test_changed_since_its_manifest_until_accepted(tmp_path):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+    later = (tmp_path / "a.json").stat().st_mtime_ns + 1
+    os.utime(tmp_path / "a.bin", ns=(later, later))
+    (message,) = problems(prefix, 16, 2)
+    assert "a.bin: changed after its manifest" in message and f"--verify {prefix}" in message
+    os.utime(tmp_path / "a.bin", ns=(later, later))
+    assert accept(prefix) == [] and problems(prefix, 16, 2) == []
+    raw = bytearray((tmp_path / "a.bin").read_bytes())
+    raw[0] ^= 1
+    (tmp_path / "a.bin").write_bytes(raw)
+    assert "SHA-256 differs" in accept(prefix)[0] and problems(prefix, 16, 2) != []
+
+
+def test_an_id_beyond_the_manifest_is_found_with_its_byte(tmp_path):
+    prefix = write(tmp_path / "a", ([5, 6], [40, 7]))
+    manifest_for(prefix, max_token_id=10, num_documents=2).write(prefix)
+    assert problems(prefix, 16, 2) == []
+    (message,) = problems(prefix, 16, 2, hashes=True)
+    assert "a.bin: byte 4: id 40" in message
+
+
+def test_a_long_index_is_checked_at_its_ends_only(tmp_path, monkeypatch):
+    prefix = write(tmp_path / "a")
+    raw = bytearray((tmp_path / "a.idx").read_bytes())
+    struct.pack_into("<q", raw, 54, 4)  # sequence 1 of 3
+    (tmp_path / "a.idx").write_bytes(raw)
+    monkeypatch.setattr("data.index.SCAN_SEQUENCES", 2)
+    assert TokenFile(prefix).num_tokens == 6
+    with pytest.raises(TokenFileError, match="sequence 1"):
+        TokenFile(prefix, scan=True)
+    for offset, form, value, message in (
+        (34, "<i", -1, "sequence 0"),
+        (42, "<i", -1, "sequence 2"),
+        (42, "<i", 1, "a.bin: byte 10: longer"),
+        (62, "<q", -4, "sequence 2"),
+        (94, "<q", 2, "run from 0 to 2"),
+    ):
+        bad = bytearray(raw)
+        struct.pack_into(form, bad, offset, value)
+        (tmp_path / "a.idx").write_bytes(bad)
+        with pytest.raises(TokenFileError, match=message):
+            TokenFile(prefix)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(documents=st.lists(st.integers(1, 9), min_size=1, max_size=12), data=st.data())
+def test_documents_of_a_range(tmp_path, documents, data):
+    token_file = TokenFile(write(tmp_path / "a", [[number] * size for number, size in enumerate(documents)]))
+    begin = data.draw(st.integers(0, token_file.num_tokens - 1))
+    end = data.draw(st.integers(begin + 1, token_file.num_tokens))
+    first, starts = token_file.documents_at(begin, end)
+    tokens = token_file.tokens.tolist()
+    assert first == tokens[begin] and first + len(starts) - 2 == tokens[end - 1]
+    assert starts.tolist() == np.cumsum([0, *documents])[first : first + len(starts)].tolist()
+
+
+def test_ids_beside_the_tokens(tmp_path):
+    with TokenWriter(tmp_path / "a", "uint16", with_ids=True) as writer:
+        writer.add(np.array([1, 2]), name=2**64 - 1)
+        writer.add(np.array([3]), name=7)
+    assert np.fromfile(tmp_path / "a.ids", dtype="<u8").tolist() == [2**64 - 1, 7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.ids", "a.idx"]
