@@ -187,6 +187,12 @@ def _doctor(argv: list[str]) -> int:
     return doctor(args.overrides, as_json=args.json)
 
 
+def _placement(argv: list[str]) -> int:
+    from launcher.placement_command import placement
+
+    return placement(argv)
+
+
 def _checkpoint(argv: list[str]) -> int:
     parser = _parser("checkpoint", "Converts between our checkpoints and published ones (config.json and safetensors).")
     parser.add_argument("action", choices=("import-hf", "export-hf"))
@@ -210,6 +216,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("continue a prompt", _generate),
     "bench": Command("measure speed: bench step --json [OVERRIDES]", _bench),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
+    "placement": Command("plan copies of the busiest experts from a run's logged load", _placement),
     "checkpoint": Command("import-hf SRC DST | export-hf SRC DST: published names and layout", _checkpoint),
 }
 

@@ -44,6 +44,7 @@ class TrainConfig:
     threads: int = 0  # CPU threads a rank; 0: cores / local ranks, at least 1
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2
+    expert_counts_every: int = 0  # steps between rows of every expert's tokens in the event log; 0: never
     timeout_seconds: int = 600  # a collective or a message that takes longer ends the run
 
 

@@ -32,6 +32,8 @@ class StepEvent:
     expert_load: tuple[float, ...] = ()  # per MoE layer: tokens of the busiest expert over the mean
     router_bias_range: float = 0.0  # largest max - min of a layer's router bias
     dropped_tokens: int = 0  # always 0 by design; written so that a reader can check it
+    # per MoE layer: tokens of every expert in this step; empty but every train.expert_counts_every steps
+    expert_counts: tuple[tuple[int, ...], ...] = ()
 
 
 def _plain(value: Any) -> Any:
@@ -53,6 +55,9 @@ def _event(record: Mapping[str, Any]) -> StepEvent:
     """A StepEvent from a parsed line; keys of a later version are passed over, a missing key raises KeyError."""
     values: dict[str, Any] = {}
     for field in fields(StepEvent):
+        if field.name == "expert_counts":  # logs of earlier versions have none
+            values[field.name] = tuple(tuple(map(int, row)) for row in record.get(field.name, ()))
+            continue
         value = record[field.name]
         if field.name == "expert_load":
             value = tuple(float(item) for item in value)

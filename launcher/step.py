@@ -24,7 +24,8 @@ class StepResult:
 
     loss, mtp_loss: global means in nats a token (mtp_loss: mean over depths, None without MTP). balance_loss: sum over
     layers of the mean sequence-wise loss. expert_load: largest over mean load of every MoE block, by block number.
-    bias_range: widest span of a router's biases.
+    bias_range: widest span of a router's biases. expert_counts: tokens of every expert, by block number; None in a step
+    that does not log them.
     """
 
     loss: float
@@ -34,6 +35,7 @@ class StepResult:
     grad_norm: float
     expert_load: dict[int, float]
     bias_range: float
+    expert_counts: dict[int, list[int]] | None = None
 
 
 def microbatch(run: Run, number: int) -> Microbatch:
@@ -67,12 +69,15 @@ def train_step(run: Run) -> StepResult:
     run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
     run.zero1.publish_weights()
     run.zero1.zero_gradients()
-    loads, bias_range = _balance_experts(run, value_at(optim.bias_update_speed, progress.tokens))
+    every = run.config.train.expert_counts_every
+    counts = _count_experts(run)
+    logged = _all_counts(run, counts) if every and (progress.step + 1) % every == 0 else None
+    loads, bias_range = _balance_experts(run, counts, value_at(optim.bias_update_speed, progress.tokens))
     progress.step += 1
     progress.tokens += tokens_per_step(run)
     progress.samples += run.config.train.global_batch_size
     has_mtp = run.config.model.num_nextn_predict_layers > 0
-    return StepResult(main, mtp if has_mtp else None, balance, lr, norm, loads, bias_range)
+    return StepResult(main, mtp if has_mtp else None, balance, lr, norm, loads, bias_range, logged)
 
 
 def tokens_per_step(run: Run) -> int:
@@ -111,14 +116,29 @@ def _require_finite(run: Run, loss: float, norm: float) -> None:
     )
 
 
-def _balance_experts(run: Run, speed: float) -> tuple[dict[int, float], float]:
-    """Count the global batch's expert loads, update the biases, and tell every rank all blocks' loads."""
+def _count_experts(run: Run) -> dict[int, Tensor]:
+    """Tokens of the global batch for every expert of the blocks that this rank holds, by block number."""
     counts: dict[int, Tensor] = {}
     for holders in dict.fromkeys(shared.holders for shared in run.model.routers.values()):
         blocks = [block for block, shared in run.model.routers.items() if shared.holders == holders]
         stacked = torch.stack([run.model.routers[block].router.counts_E for block in blocks])
         dist.all_reduce(stacked, group=run.groups.gradient(holders, expert=False))
         counts |= dict(zip(blocks, stacked, strict=True))
+    return counts
+
+
+def _all_counts(run: Run, counts: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    """The counts of all MoE blocks on every rank; every holder of a block brings the same ones."""
+    model = run.config.model
+    table = torch.zeros(model.num_blocks, model.n_routed_experts, dtype=torch.int64, device=run.process.device)
+    for block, counts_E in counts.items():
+        table[block] = counts_E
+    dist.all_reduce(table, op=dist.ReduceOp.MAX, group=run.groups.world)
+    return {block: row for block, row in enumerate(table.tolist()) if model.is_moe(block)}
+
+
+def _balance_experts(run: Run, counts: Mapping[int, Tensor], speed: float) -> tuple[dict[int, float], float]:
+    """Update the biases from the expert counts, forget these, and tell every rank all blocks' loads."""
     table = torch.zeros(run.config.model.num_blocks, 2, dtype=torch.float64, device=run.process.device)
     for block, counts_E in counts.items():
         router = run.model.routers[block].router

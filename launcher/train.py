@@ -105,6 +105,7 @@ class _Log:
             expert_load_max_over_mean=max(loads, default=1.0),
             expert_load=loads,
             router_bias_range=result.bias_range,
+            expert_counts=tuple(map(tuple, (result.expert_counts or {}).values())),
         )
         self._events.append(event)
         self._display.step(event)

@@ -29,7 +29,11 @@ def steps(path):
 
 def test_round_trip(tmp_path):
     path = tmp_path / "run" / "events.jsonl"
-    written = [event(1), event(2, mtp_loss=None, expert_load=()), event(3, loss=math.inf, dropped_tokens=0)]
+    written = [
+        event(1, expert_counts=((3, 5), (4, 4))),
+        event(2, mtp_loss=None, expert_load=()),
+        event(3, loss=math.inf, dropped_tokens=0),
+    ]
     with EventLog(path, facts={"world_size": 4, "schedule": "dualpipe"}) as log:
         for item in written:
             log.append(item)
