@@ -8,6 +8,7 @@ the same documents with the same arguments write the same bytes.
 """
 
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +52,8 @@ _SAMPLE_KEY = b"expertpipe tokenizer sample 1"
 
 class PrepareError(ValueError):
     """The arguments or the corpus cannot give a training and a held-out set."""
+
+    user_error = True
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,24 @@ def prepare(
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of tokenizer.json, set to take special tokens' names in a text as plain text."""
+    """The tokenizer of a tokenizers file, set to take special tokens' names in a text as plain text.
+
+    Otherwise a document that quotes the end of sentence would end there. Added tokens that their file calls ordinary
+    (DeepSeek's fill-in-the-middle markers are) become special, which is what spares them. Raises PrepareError.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.encode_special_tokens = True  # else a document that quotes the end of sentence would end there
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+        for token in description.get("added_tokens") or ():
+            token["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(description))
+    except OSError as error:
+        raise PrepareError(f"{path}: {error.strerror}; a tokenizers file (tokenizer.json) is needed") from error
+    except Exception as error:  # the tokenizers package raises bare Exception
+        reason = " ".join(str(error).split())
+        raise PrepareError(f"{path}: no tokenizers file ({reason}); give a tokenizer.json") from error
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
