@@ -1,0 +1,290 @@
+"""The `native_host` back end: the kernels of csrc/ on CPU tensors, for processes or threads of one machine.
+
+The same source is compiled for GPUs (gpu_build.py). Here a warp is a thread, NVLink is shared memory, and InfiniBand a
+thread that carries out puts late and, with a seed, out of order where a real network may.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.dispatch import Combined, Dispatched
+from parallel.expert.native import fp8_rows
+from parallel.expert.native.failure import NativeError
+from parallel.expert.native.library import BF16, BYTES, FP32, Machine, Options, Shape, Transfer, bind, host_library
+from parallel.expert.native.window import Window
+
+T = TypeVar("T")
+FORMATS = {torch.bfloat16: BF16, torch.float32: FP32}
+MOST = 32  # nodes, GPUs of a node, copies of a token: one for each lane of a warp
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """Sizes and limits, equal on all ranks.
+
+    channels: independent parts of each transfer (on a CPU: 3 threads each). ring: slots of each ring. chunk: tokens
+    between two signals to a node. timeout_seconds: longest wait of a role without progress. dispatch_wire: rows as
+    they are (same) or E4M3 with power-of-two tile scales (fp8). combine_wire: a node's sum on its way to another
+    node, bf16 or fp32; FP32 rows always fp32. seed: 0 for an orderly network, else the seed of its disorder.
+    dead_after: operations after which a rank's network is dead, 0 for never; for tests.
+    """
+
+    channels: int = 2
+    ring: int = 8
+    chunk: int = 4
+    timeout_seconds: float = 300.0
+    dispatch_wire: str = "same"
+    combine_wire: str = "bf16"
+    seed: int = 0
+    dead_after: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Nodes of a group and its limits: rank = node * (ranks / nodes) + local index."""
+
+    num_ranks: int
+    num_nodes: int
+    num_experts: int
+    hidden_size: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Underway(Generic[T]):
+    """See `model.dispatch.Pending`."""
+
+    future: "Future[T]"
+
+    def wait(self) -> T:
+        """See `Pending`. Raises NativeError."""
+        return self.future.result()
+
+    def done(self) -> bool:
+        """See `Pending`."""
+        return self.future.done()
+
+
+@dataclass(frozen=True)
+class NativeHandle:
+    """A routing. transfer: the C view of `fixed` and `lists`, where its tables are."""
+
+    transfer: Transfer
+    fixed: Tensor
+    lists: Tensor
+    rows: int
+    counts: tuple[int, ...]
+    weights_R: Tensor
+
+
+def checked_shape(geometry: Geometry, config: NativeConfig) -> Shape:
+    """The C shape. Raises NativeError naming the number that does not fit."""
+    g, c = geometry, config
+    rules = (
+        (g.num_nodes < 1 or g.num_ranks % g.num_nodes, f"{g.num_nodes} nodes do not divide {g.num_ranks} ranks"),
+        (g.num_experts < 1 or g.num_experts % g.num_ranks, f"{g.num_ranks} ranks do not fit {g.num_experts} experts"),
+        (g.num_nodes > MOST or g.num_ranks > MOST * g.num_nodes, f"more than {MOST} nodes, or ranks of a node"),
+        (not 1 <= g.top_k <= MOST, f"top_k={g.top_k}: from 1 to {MOST}"),
+        (g.hidden_size < 1, f"hidden_size={g.hidden_size}: at least 1"),
+        (not 1 <= c.channels <= 1024, f"channels={c.channels}: from 1 to 1024"),
+        (c.ring < 1 or c.chunk < 1, f"ring={c.ring}, chunk={c.chunk}: at least 1"),
+        (c.timeout_seconds <= 0, f"timeout_seconds={c.timeout_seconds}: above 0"),
+        (c.dispatch_wire not in ("same", "fp8"), f"dispatch_wire={c.dispatch_wire}: same or fp8"),
+        (c.combine_wire not in ("bf16", "fp32"), f"combine_wire={c.combine_wire}: bf16 or fp32"),
+    )  # fmt: skip
+    for wrong, text in rules:
+        if wrong:
+            raise NativeError(f"dispatcher native_host: {text}")
+    row_bytes = 4 * padded(g.hidden_size)
+    locals_ = g.num_ranks // g.num_nodes
+    return Shape(g.num_nodes, locals_, c.channels, c.ring, c.chunk, g.top_k, g.num_experts, row_bytes)
+
+
+def padded(hidden: int) -> int:
+    """Values of a row as it travels: a multiple of 8, so that BF16 rows are whole 16-byte words."""
+    return -(-hidden // 8) * 8
+
+
+class NativeHostDispatcher:
+    """`TokenDispatcher` on CPU tensors. Every transfer runs in the background, in the order of the calls.
+
+    rows: as `TokenDispatcher` says. combine: copies on one GPU are summed in the order of k, those sums over the ranks
+    of a node rising, those over the nodes rising, all in FP32; see NativeConfig.combine_wire for what is rounded.
+    """
+
+    def __init__(
+        self, window: Window, *, geometry: Geometry, config: NativeConfig, rank: int, names: list[int] | None = None
+    ) -> None:
+        """Rank `rank` of those that share a window; names: what messages call the ranks. See also `over_group`."""
+        shape, library = checked_shape(geometry, config), bind(host_library())
+        options = Options(int(config.timeout_seconds * 1e9), config.seed, config.dead_after, 0)
+        self.geometry, self.config, self.rank = geometry, config, rank
+        self._names = names or list(range(geometry.num_ranks))
+        self._window = window
+        self.machine = Machine(library, library.ep_open(shape, rank, window.address, options), shape)
+        self._worker = ThreadPoolExecutor(1, f"native-{rank}")
+        self._finalizer = weakref.finalize(self, _close, self._worker, self.machine, window)
+
+    @staticmethod
+    def over_group(
+        group: dist.ProcessGroup, *, num_nodes: int, num_experts: int, hidden_size: int, top_k: int,
+        config: NativeConfig = NativeConfig(),
+    ) -> "NativeHostDispatcher":  # fmt: skip
+        """For a process of a gloo group whose ranks are all on this machine; collective.
+
+        Raises NativeError if ranks differ in an argument, or cannot share memory.
+        """
+        names = dist.get_process_group_ranks(group)
+        geometry = Geometry(len(names), num_nodes, num_experts, hidden_size, top_k)
+        shape = checked_shape(geometry, config)
+        size = bind(host_library()).ep_window_bytes(shape)
+        told: list[tuple[Geometry, NativeConfig]] = [(geometry, config)] * len(names)
+        dist.all_gather_object(told, (geometry, config), group=group)
+        for name, other in zip(names, told, strict=True):
+            for mine, theirs in zip((geometry, config), other, strict=True):
+                if mine != theirs:
+                    raise NativeError(f"rank {dist.get_rank()} has {mine}, rank {name} {theirs}: all ranks must agree")
+        window = Window.over_group(group, size * len(names))
+        rank = dist.get_rank(group)
+        return NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank, names=names)
+
+    @staticmethod
+    def in_process(geometry: Geometry, config: NativeConfig) -> list["NativeHostDispatcher"]:
+        """All ranks in this process, to be used from a thread each."""
+        size = bind(host_library()).ep_window_bytes(checked_shape(geometry, config))
+        window = Window.in_process(size * geometry.num_ranks)
+        return [
+            NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank)
+            for rank in range(geometry.num_ranks)
+        ]
+
+    def close(self) -> None:
+        """Ends the background work; otherwise when the object goes."""
+        self._finalizer()
+
+    def dispatch(
+        self, x_TD: Tensor, ids_TK: Tensor | None = None, weights_TK: Tensor | None = None, *,
+        handle: NativeHandle | None = None,
+    ) -> Underway[Dispatched]:  # fmt: skip
+        """See `TokenDispatcher`."""
+        self._check_rows("x_TD", x_TD)
+        if handle is not None:
+            if len(x_TD) != handle.transfer.tokens:
+                self._refuse(f"x_TD has {len(x_TD)} rows: the handle is of {handle.transfer.tokens} tokens")
+            return self._start(lambda: self._carry(x_TD, None, handle))
+        if ids_TK is None or weights_TK is None:
+            self._refuse("a dispatch without a handle needs ids_TK and weights_TK")
+        self._check_routing(x_TD, ids_TK, weights_TK)
+        ids, weights = ids_TK.to(torch.int64).contiguous(), weights_TK.contiguous()
+        return self._start(lambda: self._carry(x_TD, weights, self._notify(x_TD, ids)))
+
+    def combine(self, rows_RD: Tensor, handle: NativeHandle, weights_R: Tensor | None = None) -> Underway[Combined]:
+        """See `TokenDispatcher`."""
+        self._check_rows("rows_RD", rows_RD)
+        if len(rows_RD) != handle.rows:
+            self._refuse(f"rows_RD has {len(rows_RD)} rows: the handle is of {handle.rows}")
+        if weights_R is not None and (weights_R.dtype != torch.float32 or weights_R.shape != (handle.rows,)):
+            self._refuse(f"weights_R is {weights_R.dtype} {list(weights_R.shape)}: use float32 [{handle.rows}]")
+        return self._start(lambda: self._gather(rows_RD, handle, weights_R))
+
+    def _notify(self, x_TD: Tensor, ids_TK: Tensor) -> NativeHandle:
+        tokens, top_k = ids_TK.shape
+        fixed = torch.empty(self.machine.routing_ints(tokens, top_k), dtype=torch.int32)
+        transfer = Transfer(tokens, top_k, 0, fixed.data_ptr(), None)
+        _, row_bytes, form = self._travelling(x_TD[:0])
+        library, at = self.machine.library, self.machine.totals_at(tokens, top_k)
+        self._done(library.ep_notify(self.machine.handle, transfer, ids_TK.data_ptr(), row_bytes, form))
+        rows, forwarded, arrived, *counts = fixed[at : at + 3 + self.geometry.num_experts // len(self._names)].tolist()
+        lists = torch.empty(-(-forwarded // 4) * 4 + arrived * (top_k + 1), dtype=torch.int32)
+        transfer.forwarded, transfer.lists = forwarded, lists.data_ptr()
+        return NativeHandle(transfer, fixed, lists, rows, tuple(counts), torch.empty(rows))
+
+    def _travelling(self, x_TD: Tensor) -> tuple[Tensor, int, int]:
+        """Rows as they travel, their bytes and format."""
+        if self.config.dispatch_wire == "fp8":
+            packed = fp8_rows.pack(x_TD)
+            return packed, packed.shape[1], BYTES
+        rows = F.pad(x_TD, (0, padded(x_TD.shape[1]) - x_TD.shape[1])).contiguous()
+        return rows, rows.shape[1] * rows.element_size(), FORMATS[x_TD.dtype]
+
+    def _carry(self, x_TD: Tensor, weights_TK: Tensor | None, handle: NativeHandle) -> Dispatched:
+        sent, row_bytes, form = self._travelling(x_TD)
+        rows = sent.new_empty(handle.rows, sent.shape[1])
+        first = weights_TK is not None
+        status = self.machine.library.ep_dispatch(
+            self.machine.handle, handle.transfer, sent.data_ptr(), weights_TK.data_ptr() if first else None,
+            rows.data_ptr(), handle.weights_R.data_ptr() if first else None, row_bytes, form,
+        )  # fmt: skip
+        self._done(status)
+        hidden = x_TD.shape[1]
+        if form == BYTES:
+            rows = fp8_rows.unpack(rows, hidden=hidden, dtype=x_TD.dtype)
+        rows = rows if rows.shape[1] == hidden else rows[:, :hidden].contiguous()
+        return Dispatched(rows, handle.weights_R, handle.counts, handle)
+
+    def _gather(self, rows_RD: Tensor, handle: NativeHandle, weights_R: Tensor | None) -> Combined:
+        hidden, form = rows_RD.shape[1], FORMATS[rows_RD.dtype]
+        rows = F.pad(rows_RD, (0, padded(hidden) - hidden)).contiguous()
+        scalars = None if weights_R is None else weights_R.contiguous()
+        total = rows.new_empty(handle.transfer.tokens, rows.shape[1])
+        back = None if weights_R is None else torch.empty(handle.transfer.tokens, handle.transfer.top_k)
+        wire = BF16 if form == BF16 and self.config.combine_wire == "bf16" else FP32
+        status = self.machine.library.ep_combine(
+            self.machine.handle, handle.transfer, rows.data_ptr(), None if scalars is None else scalars.data_ptr(),
+            total.data_ptr(), None if back is None else back.data_ptr(), rows.shape[1], form, wire,
+        )  # fmt: skip
+        self._done(status)
+        return Combined(total if total.shape[1] == hidden else total[:, :hidden].contiguous(), back)
+
+    def _start(self, work: Callable[[], T]) -> Underway[T]:
+        def quietly() -> T:
+            with torch.no_grad():
+                return work()
+
+        return Underway(self._worker.submit(quietly))
+
+    def _done(self, status: int) -> None:
+        if status:
+            limits = {"num_experts": self.geometry.num_experts, "timeout_seconds": self.config.timeout_seconds}
+            raise NativeError(self.machine.failure().describe(me=self.rank, names=self._names, **limits))
+
+    def _check_rows(self, name: str, rows: Tensor) -> None:
+        hidden = self.geometry.hidden_size
+        if rows.ndim != 2:
+            self._refuse(f"{name} has {rows.ndim} dimensions: it must have 2, [rows, hidden]")
+        if rows.device.type != "cpu":
+            self._refuse(f"{name} is on {rows.device}: native_host takes CPU tensors")
+        if rows.dtype not in FORMATS:
+            self._refuse(f"{name} is {rows.dtype}: bfloat16 and float32 travel")
+        if rows.shape[1] > hidden:
+            self._refuse(f"{name} has hidden size {rows.shape[1]}: the buffers hold {hidden}")
+
+    def _check_routing(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        if ids_TK.ndim != 2 or ids_TK.is_floating_point() or len(ids_TK) != len(x_TD):
+            shape = list(ids_TK.shape)
+            self._refuse(f"ids_TK is {ids_TK.dtype} {shape}: it must be int64 [{len(x_TD)}, top-k]")
+        if not 1 <= ids_TK.shape[1] <= self.geometry.top_k:
+            self._refuse(f"ids_TK has top-k {ids_TK.shape[1]}: the buffers hold {self.geometry.top_k}")
+        if weights_TK.shape != ids_TK.shape or weights_TK.dtype != torch.float32:
+            shapes = f"{weights_TK.dtype} {list(weights_TK.shape)}"
+            self._refuse(f"weights_TK is {shapes}: it must be float32 {list(ids_TK.shape)}")
+
+    def _refuse(self, text: str) -> NoReturn:
+        """Ends all ranks: they would wait for this one."""
+        self.machine.library.ep_stop(self.machine.handle)
+        raise NativeError(f"rank {self._names[self.rank]}: {text}")
+
+
+def _close(worker: ThreadPoolExecutor, machine: Machine, window: Window) -> None:
+    del window  # mapped until here
+    worker.shutdown()
+    machine.library.ep_close(ctypes.c_void_p(machine.handle))
