@@ -116,10 +116,10 @@ def check_real_numbers(config: RunConfig) -> list[str]:
 
 def check_choices(config: RunConfig) -> list[str]:
     """Words that choose an implementation are known ones."""
-    from parallel.pipeline.schedules import SCHEDULES
+    from parallel.pipeline.schedules import SCHEDULES, is_file
 
     choices: dict[str, Sequence[str]] = {
-        "parallel.schedule": SCHEDULES,
+        "parallel.schedule": (*SCHEDULES, "auto", "a .csv file"),
         "parallel.dispatcher": ("flat",),
         "optim.moments": ("bf16", "fp32"),
         "train.precision": ("bf16", "fp32"),
@@ -127,7 +127,10 @@ def check_choices(config: RunConfig) -> list[str]:
         "model.mtp_hidden": ("after_norm", "before_norm"),
         "model.rope_scaling.type": ("yarn",),
     }
-    values = [(key, value) for key, value in leaves(config) if key in choices]
+    values = [
+        (key, value) for key, value in leaves(config)
+        if key in choices and not (key == "parallel.schedule" and is_file(value))
+    ]  # fmt: skip
     return [f"{key}={value}: use {either(choices[key])}" for key, value in values if value not in choices[key]]
 
 

@@ -43,11 +43,9 @@ def check_batch(config: RunConfig) -> list[str]:
 
 def check_schedule(config: RunConfig) -> list[str]:
     """The pipeline schedule exists for this many ranks and micro-batches."""
-    from parallel.pipeline.schedules import SCHEDULES
-
     parallel, train = config.parallel, config.train
     samples = train.micro_batch_size * parallel.data
-    if parallel.schedule not in SCHEDULES or min(parallel.pipeline, samples, train.global_batch_size) < 1:
+    if not _is_schedule(parallel.schedule) or min(parallel.pipeline, samples, train.global_batch_size) < 1:
         return []
     if parallel.pipeline > config.model.num_hidden_layers or train.global_batch_size % samples:
         return []  # another rule says so
@@ -55,14 +53,19 @@ def check_schedule(config: RunConfig) -> list[str]:
     reason = _schedule_error(config, parallel.pipeline, count) if count else "a step needs at least one micro-batch"
     if reason is None:
         return []
-    more = _more_microbatches(config, count)
-    works = next((n for n in more if _schedule_error(config, parallel.pipeline, n) is None), None)
+    works = next((n for n in _more_microbatches(config, count) if not _schedule_error(config, parallel.pipeline, n)), 0)
     advice = f"; train.global_batch_size={works * samples} would give {works}" if works else ""
     return [
         f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} and {count} micro-batches "
         f"(train.global_batch_size={train.global_batch_size} / (train.micro_batch_size={train.micro_batch_size} * "
         f"parallel.data={parallel.data})): {reason}{advice}"
     ]
+
+
+def _is_schedule(name: str) -> bool:
+    from parallel.pipeline.schedules import SCHEDULES, is_file
+
+    return name == "auto" or name in SCHEDULES or is_file(name)
 
 
 def _more_microbatches(config: RunConfig, count: int) -> range:
@@ -72,14 +75,14 @@ def _more_microbatches(config: RunConfig, count: int) -> range:
 
 
 def _schedule_error(config: RunConfig, num_ranks: int, num_microbatches: int) -> str | None:
-    from parallel.pipeline.schedules import build
+    from parallel.pipeline.schedules import validate
 
     if num_ranks > config.model.num_hidden_layers:
-        return "more ranks than layers"  # building a schedule of thousands of ranks would only cost time
-    if num_microbatches > 4096:  # schedules ask for a least count and for divisibility: a smaller one stands for it
-        num_microbatches = 2048 // (2 * num_ranks) * 2 * num_ranks + num_microbatches % (2 * num_ranks)
+        return "more ranks than layers"
+    name = "1f1b" if config.parallel.schedule == "auto" else config.parallel.schedule  # which is always a candidate
+    wanted = config.parallel.stages_per_rank if name != "1f1b" else None
     try:
-        build(config.parallel.schedule, num_ranks=num_ranks, num_microbatches=num_microbatches)
+        validate(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=wanted)
     except ValueError as error:
         return str(error)
     return None
@@ -89,21 +92,30 @@ def check_stages(config: RunConfig) -> list[str]:
     """Every pipeline stage gets at least one layer, and stages given by hand add up."""
     from parallel.pipeline.split import split_layers
 
-    stages, layers, given = config.parallel.pipeline, config.model.num_hidden_layers, config.parallel.layers_per_stage
-    if min(stages, layers) < 1:
+    ranks, layers, given = config.parallel.pipeline, config.model.num_hidden_layers, config.parallel.layers_per_stage
+    if min(ranks, layers) < 1 or not _is_schedule(config.parallel.schedule):
         return []
-    if stages > layers:
+    if ranks > layers:
         most = layers - bool(_schedule_error(config, layers, 4 * layers))  # DualPipe needs an even number
         return [
-            f"parallel.pipeline={stages} is more than model.num_hidden_layers={layers}, and each stage needs a layer: "
+            f"parallel.pipeline={ranks} is more than model.num_hidden_layers={layers}, and each stage needs a layer: "
             f"use {most} or fewer"
         ]
+    per_rank = _stages_per_rank(config)
+    if per_rank is None or (config.parallel.schedule == "auto" and given is None):
+        return []  # the first is another rule's; `auto` takes only what fits
+    stages = ranks * per_rank
+    if stages > layers:
+        return [_too_many_stages(config, per_rank)]
     found = []
     if given is not None:
         key = f"parallel.layers_per_stage={_list(given)}"
         even = _list([(layers + i) // stages for i in reversed(range(stages))])
         if len(given) != stages:
-            found.append(f"{key} has {len(given)} numbers for parallel.pipeline={stages} stages: use {even}")
+            whose = f"parallel.pipeline={ranks} stages"
+            if per_rank > 1:
+                whose = f"the {stages} stages of parallel.schedule={config.parallel.schedule} on {ranks} ranks"
+            found.append(f"{key} has {len(given)} numbers for {whose}: use {even}")
         elif sum(given) != layers:
             found.append(f"{key} adds up to {sum(given)}, model.num_hidden_layers={layers}: use {even}")
         elif min(given) < 1:
@@ -113,8 +125,35 @@ def check_stages(config: RunConfig) -> list[str]:
     try:
         split_layers(config.model, stages, given)
     except ValueError as error:
-        return [f"parallel.pipeline={stages}, model.num_hidden_layers={layers}: {error}"]
+        return [f"parallel.pipeline={ranks}, model.num_hidden_layers={layers}: {error}"]
     return []
+
+
+def _stages_per_rank(config: RunConfig) -> int | None:
+    """Stages a rank of the schedule; None where there is none. With `auto`, as many as layers_per_stage has."""
+    from parallel.pipeline.schedules import stages_per_rank_of
+
+    parallel = config.parallel
+    if parallel.schedule == "auto":
+        return max(1, len(parallel.layers_per_stage or ()) // parallel.pipeline)
+    try:
+        return stages_per_rank_of(parallel.schedule, parallel.stages_per_rank)
+    except ValueError:
+        return None
+
+
+def _too_many_stages(config: RunConfig, per_rank: int) -> str:
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    fitting = layers // per_rank
+    ways = [f"parallel.pipeline={fitting}"] if fitting else []
+    if parallel.schedule == "interleaved" and layers >= parallel.pipeline:
+        ways.append(f"parallel.stages_per_rank={layers // parallel.pipeline}")
+    ways.append("parallel.schedule=1f1b, which has one stage a rank")
+    return (
+        f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} has {per_rank} stages a "
+        f"rank, {parallel.pipeline * per_rank} in all, and each needs one of model.num_hidden_layers={layers}: use "
+        f"{either(ways)}"
+    )
 
 
 def check_world_size(config: RunConfig, world_size: int) -> list[str]:

@@ -14,9 +14,15 @@ class ParallelConfig:
     pipeline: int = 1
     data: int = 1
     expert: int = 1
-    schedule: str = "1f1b"  # 1f1b | dualpipe
+    # gpipe | 1f1b | interleaved | zb1p | zbv | dualpipev | dualpipe, auto: the fastest by simulation, or a CSV file
+    schedule: str = "1f1b"
+    stages_per_rank: int | None = None  # of schedule=interleaved; None: 2. The other schedules fix their own
     # Main-model layers of each stage, first to last; None: balanced by cost, embedding and head counted.
     layers_per_stage: tuple[int, ...] | None = None
+    # Transfers to and from experts under computation: off; pairs: of DualPipe's pairs; all: of every chunk.
+    overlap: str = "pairs"  # off | pairs | all
+    # Computed again in the backward: none; attend: all of a layer but its experts; layer: the experts too.
+    recompute: str = "none"  # none | attend | layer
     dispatcher: str = "flat"  # flat: one all-to-all, a row for every (token, expert)
 
     @property

@@ -6,6 +6,8 @@ one forward and one backward action whose phases may be interleaved; torch write
 
 from dataclasses import dataclass
 
+from parallel.pipeline.placement import Placement, holders, stages_on
+
 KINDS = ("F", "I", "W", "B")
 
 
@@ -64,33 +66,42 @@ class Message:
 class Schedule:
     """What every rank does in one training step, in order.
 
-    num_microbatches counts both directions. bidirectional: micro-batches of the second half enter at the last rank,
-    so that stage s lives on ranks s (direction 0) and num_ranks - 1 - s (direction 1).
+    placement: see `parallel.pipeline.placement`. With two directions the second half of the micro-batches (the smaller
+    one, where they are odd) enters at the last rank; num_microbatches counts both.
     """
 
     name: str
     num_ranks: int
     num_stages: int
     num_microbatches: int
-    bidirectional: bool
+    placement: Placement
     ranks: tuple[tuple[Step, ...], ...]
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether micro-batches enter at both ends, so that every stage lives on two ranks."""
+        return len(self.placement) > 1
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Stages that one micro-batch visits on a rank: 1, or more in a loop or a V."""
+        return self.num_stages // self.num_ranks
 
     def direction(self, microbatch: int) -> int:
         """0 if the micro-batch enters at rank 0, 1 if at the last rank."""
-        return int(self.bidirectional and 2 * microbatch >= self.num_microbatches)
+        return int(len(self.placement) > 1 and 2 * microbatch >= self.num_microbatches)
 
     def rank_of(self, stage: int, microbatch: int) -> int:
         """Pipeline rank that runs the stage for this micro-batch."""
-        return self.num_ranks - 1 - stage if self.direction(microbatch) else stage
+        return self.placement[self.direction(microbatch)][stage]
 
     def holders(self, stage: int) -> tuple[int, ...]:
         """Pipeline ranks that hold the stage's weights."""
-        ranks = {stage, self.num_ranks - 1 - stage} if self.bidirectional else {stage}
-        return tuple(sorted(ranks))
+        return holders(self.placement, stage)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Stages whose weights the rank holds, in the order of its directions."""
-        return tuple(dict.fromkeys([rank, self.num_ranks - 1 - rank] if self.bidirectional else [rank]))
+        return stages_on(self.placement, rank)
 
     def inputs(self, action: Action) -> Message | None:
         """What the action needs from another stage, wherever that runs; None for W and at the ends."""

@@ -1,13 +1,22 @@
 """Static check of a schedule before anything runs: completeness, placement, order and deadlock. No torch."""
 
-from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parallel.pipeline.actions import KINDS, Action, Message, Schedule, Step, parts
+from parallel.pipeline.actions import Action, Schedule, parts
+from parallel.pipeline.order import Walk, walk
+from parallel.pipeline.placement import is_complete
+from parallel.pipeline.transport import walk_blocking
+
+MOST_FAULTS = 12  # printed; a schedule that is wrong throughout has millions
+_BITS = {"F": 1, "B": 2, "I": 4, "W": 8}
+_WHOLE, _SPLIT = 1 + 2, 1 + 4 + 8
 
 
 class InvalidSchedule(ValueError):
-    """A schedule that would compute the wrong thing or never end; the message lists every fault found."""
+    """A schedule that would compute the wrong thing or never end; the message lists the faults found."""
+
+    user_error = True  # a schedule may come from a file
 
 
 @dataclass(frozen=True)
@@ -21,105 +30,80 @@ class Peaks:
     deferred_weight_grads: tuple[int, ...]
 
 
-def check(schedule: Schedule) -> Peaks:
-    """Peaks of a sound schedule; InvalidSchedule otherwise."""
-    if len(schedule.ranks) != schedule.num_ranks:
-        raise InvalidSchedule(f"{schedule.name}: {len(schedule.ranks)} lists of actions for {schedule.num_ranks} ranks")
-    faults = _incomplete(schedule) + _misplaced(schedule)
+def check(schedule: Schedule, *, blocking: int | None = None) -> Peaks:
+    """Peaks of a sound schedule; InvalidSchedule otherwise.
+
+    blocking: also demand that it ends where sends block, with so many receives posted ahead (`walk_blocking`).
+    """
+    faults = _malformed(schedule)
     if not faults:
-        faults = _out_of_order(schedule)
+        faults = [*_incomplete(schedule), *_misplaced(schedule)]
+    if not faults:
+        faults = _stuck(walk(schedule), "deadlock")
+    if not faults and blocking is not None:
+        name = f"deadlock where sends block with {blocking} receives posted ahead"
+        faults = _stuck(walk_blocking(schedule, ahead=blocking), name)
     if faults:
-        raise InvalidSchedule(f"{schedule.name}: " + "; ".join(faults))
+        more = [f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else []
+        raise InvalidSchedule(f"{schedule.name}: " + "; ".join([*faults[:MOST_FAULTS], *more]))
     return _peaks(schedule)
 
 
-def _actions(schedule: Schedule, rank: int) -> list[Action]:
-    return [action for step in schedule.ranks[rank] for action in parts(step)]
+def _actions(schedule: Schedule, rank: int) -> Iterator[Action]:
+    for step in schedule.ranks[rank]:
+        yield from parts(step)
+
+
+def _malformed(schedule: Schedule) -> list[str]:
+    """What makes the rest impossible to look at."""
+    if len(schedule.ranks) != schedule.num_ranks:
+        return [f"{len(schedule.ranks)} lists of actions for {schedule.num_ranks} ranks"]
+    rows = {len(row) for row in schedule.placement}
+    if rows != {schedule.num_stages} or not is_complete(schedule.placement, schedule.num_ranks):
+        return [f"its placement does not put {schedule.num_stages} stages on each of {schedule.num_ranks} ranks"]
+    return []
 
 
 def _incomplete(schedule: Schedule) -> list[str]:
-    found = Counter(action for rank in range(schedule.num_ranks) for action in _actions(schedule, rank))
-    faults = [f"{action.describe()} is done {times} times" for action, times in found.items() if times > 1]
-    for stage in range(schedule.num_stages):
-        for m in range(schedule.num_microbatches):
-            kinds = "".join(kind for kind in "FBIW" if Action(kind, stage, m) in found)
-            if kinds not in ("FB", "FIW"):
-                faults.append(f"stage {stage} micro-batch {m} has actions '{kinds}', needs F and B, or F, I and W")
-    faults += [f"{action.describe()} is of no known kind" for action in found if action.kind not in KINDS]
-    faults += [
-        f"{action.describe()} is outside {schedule.num_stages} stages and {schedule.num_microbatches} micro-batches"
-        for action in found
-        if not (0 <= action.stage < schedule.num_stages and 0 <= action.microbatch < schedule.num_microbatches)
-    ]
-    return faults
+    """Actions that are missing, doubled, unknown or of a stage or micro-batch that does not exist."""
+    S, M = schedule.num_stages, schedule.num_microbatches
+    seen = bytearray(S * M)
+    times: dict[Action, int] = {}  # of those that are done more than once
+    strange: list[str] = []
+    for rank in range(schedule.num_ranks):
+        for action in _actions(schedule, rank):
+            bit = _BITS.get(action.kind)
+            if bit is None:
+                strange.append(f"{action.describe()} is of no known kind")
+            elif not (0 <= action.stage < S and 0 <= action.microbatch < M):
+                strange.append(f"{action.describe()} is outside {S} stages and {M} micro-batches")
+            else:
+                key = action.stage * M + action.microbatch
+                if seen[key] & bit:
+                    times[action] = times.get(action, 1) + 1
+                seen[key] |= bit
+    faults = [f"{action.describe()} is done {count} times" for action, count in times.items()]
+    for key, bits in enumerate(seen):
+        if bits not in (_WHOLE, _SPLIT):
+            kinds = "".join(kind for kind, bit in _BITS.items() if bits & bit)
+            faults.append(f"stage {key // M} micro-batch {key % M} has actions '{kinds}', needs F and B, or F, I and W")
+    return faults + strange
 
 
 def _misplaced(schedule: Schedule) -> list[str]:
+    S, M = schedule.num_stages, schedule.num_microbatches
     return [
         f"{action.describe()} is on rank {rank}, belongs on {schedule.rank_of(action.stage, action.microbatch)}"
         for rank in range(schedule.num_ranks)
         for action in _actions(schedule, rank)
-        if schedule.rank_of(action.stage, action.microbatch) != rank
+        if 0 <= action.stage < S
+        and 0 <= action.microbatch < M
+        and schedule.rank_of(action.stage, action.microbatch) != rank
     ]
 
 
-def _out_of_order(schedule: Schedule) -> list[str]:
-    """Run the lists against each other; whoever can never go on is in, or behind, a cycle of waits."""
-    todo = [deque(steps) for steps in schedule.ranks]
-    done: set[Action] = set()
-    sent: set[Message] = set()
-    progress = True
-    while progress:
-        progress = False
-        for queue in todo:
-            while queue and not _blocked(schedule, queue[0], done, sent):
-                for action in parts(queue.popleft()):
-                    done.add(action)
-                    message = schedule.output(action)
-                    if message is not None:
-                        sent.add(message)
-                progress = True
-    if not any(todo):
-        return []
-    return ["deadlock: " + _cycle(schedule, [list(queue) for queue in todo], done, sent)]
-
-
-def _blocked(schedule: Schedule, step: Step, done: set[Action], sent: set[Message]) -> Action | None:
-    """The action that keeps a step from starting; both halves of a pair must be ready, for their phases interleave."""
-    return next((action for action in parts(step) if _missing(schedule, action, done, sent)), None)
-
-
-def _missing(schedule: Schedule, action: Action, done: set[Action], sent: set[Message]) -> str | None:
-    """What the action still waits for, in words; None if it can run."""
-    stage, m = action.stage, action.microbatch
-    needed = schedule.inputs(action)
-    if needed is not None and needed not in sent:
-        return "an activation" if needed.kind == "F" else "a gradient"
-    if action.kind in "BI" and Action("F", stage, m) not in done:
-        return "its own forward"
-    if action.kind == "W" and Action("I", stage, m) not in done:
-        return "its own input gradient"
-    return None
-
-
-def _cycle(schedule: Schedule, todo: list[list[Step]], done: set[Action], sent: set[Message]) -> str:
-    """Follow 'rank a's next action waits for rank b' from a stuck rank until a rank repeats."""
-    rank = next(r for r, queue in enumerate(todo) if queue)
-    seen: dict[int, int] = {}
-    path: list[str] = []
-    while rank not in seen:
-        seen[rank] = len(path)
-        action = _blocked(schedule, todo[rank][0], done, sent)
-        assert action is not None
-        needed = schedule.inputs(action)
-        waits_for = _missing(schedule, action, done, sent)
-        other = rank
-        if needed is not None and needed not in sent:
-            before = action.stage - 1 if action.kind == "F" else action.stage + 1
-            other = schedule.rank_of(before, action.microbatch)
-        path.append(f"rank {rank} at {action.describe()} waits for {waits_for} from rank {other}")
-        rank = other
-    return ", ".join(path[seen[rank] :])
+def _stuck(found: Walk, name: str) -> list[str]:
+    return [f"{name}: " + ", ".join(map(str, found.cycle()))] if found.waits else []
 
 
 def _peaks(schedule: Schedule) -> Peaks:
@@ -127,9 +111,16 @@ def _peaks(schedule: Schedule) -> Peaks:
     for rank in range(schedule.num_ranks):
         live = deferred = live_peak = deferred_peak = 0
         for action in _actions(schedule, rank):
-            live += (action.kind == "F") - (action.kind in "BW")
-            deferred += (action.kind == "I") - (action.kind == "W")
-            live_peak, deferred_peak = max(live_peak, live), max(deferred_peak, deferred)
+            kind = action.kind
+            if kind == "F":
+                live += 1
+                live_peak = max(live_peak, live)
+            elif kind == "I":
+                deferred += 1
+                deferred_peak = max(deferred_peak, deferred)
+            else:
+                live -= 1
+                deferred -= kind == "W"
         live_peaks.append(live_peak)
         deferred_peaks.append(deferred_peak)
     return Peaks(tuple(live_peaks), tuple(deferred_peaks))

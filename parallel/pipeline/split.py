@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from model.config import ModelConfig
 from model.counts import block_shapes, flops_per_token
+from parallel.pipeline.placement import Placement
 
 
 class SplitError(ValueError):
@@ -36,20 +37,29 @@ def end_cost(config: ModelConfig) -> float:
 
 
 def split_layers(
-    config: ModelConfig, num_stages: int, layers_per_stage: tuple[int, ...] | None = None
+    config: ModelConfig,
+    num_stages: int,
+    layers_per_stage: tuple[int, ...] | None = None,
+    *,
+    placement: Placement | None = None,
 ) -> tuple[range, ...]:
     """Contiguous layers of each stage, first to last.
 
     layers_per_stage None: the split whose most expensive stage is cheapest, head and MTP counted on the last one
-    (which may then hold few layers, but at least one).
+    (which may then hold few layers, but at least one). Where `placement` puts several stages on a rank, layers are
+    moved from there on while that makes the most expensive rank cheaper: rank 0 of a V has the last stage too.
     """
     total = config.num_hidden_layers
     if num_stages > total:
         raise SplitError(
-            f"parallel.pipeline={num_stages} has more stages than model.num_hidden_layers={total}: use at most {total}"
+            f"{num_stages} pipeline stages (parallel.pipeline times stages a rank) are more than "
+            f"model.num_hidden_layers={total}: use at most {total}"
         )
     if layers_per_stage is None:
-        layers_per_stage = _balanced([*layer_costs(config)], end_cost(config), num_stages)
+        costs, end = layer_costs(config), end_cost(config)
+        layers_per_stage = _balanced(costs, end, num_stages)
+        if placement is not None and num_stages > 1 + max(placement[0]):
+            layers_per_stage = _balanced_ranks(costs, end, layers_per_stage, placement)
     if len(layers_per_stage) != num_stages or sum(layers_per_stage) != total or min(layers_per_stage) < 1:
         example = [total // num_stages + (i < total % num_stages) for i in range(num_stages)]
         raise SplitError(
@@ -79,3 +89,42 @@ def _balanced(costs: list[float], end: float, num_stages: int) -> tuple[int, ...
                     following[done + size] = found
         best = following
     return best[total][2]
+
+
+def stage_costs(costs: list[float], end: float, sizes: tuple[int, ...]) -> list[float]:
+    """Cost of each stage, from those of the layers and of what follows the last one."""
+    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    stages = [sum(costs[start:stop]) for start, stop in pairwise(bounds)]
+    stages[-1] += end
+    return stages
+
+
+def _balanced_ranks(costs: list[float], end: float, sizes: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
+    """Sizes with a cheaper most expensive rank, then evener ranks, then evener stages, one layer moved at a time."""
+
+    def price(sizes: tuple[int, ...]) -> tuple[float, float, float]:
+        stages = stage_costs(costs, end, sizes)
+        ranks = [0.0] * (1 + max(placement[0]))
+        for cost, rank in zip(stages, placement[0], strict=True):
+            ranks[rank] += cost
+        return (max(ranks), sum(cost * cost for cost in ranks), sum(cost * cost for cost in stages))
+
+    best = price(sizes)
+    while True:
+        moves = [
+            (price(moved), moved)
+            for source, size in enumerate(sizes)
+            if size > 1
+            for target in range(len(sizes))
+            if source != target
+            for moved in [_moved(sizes, source, target)]
+        ]
+        found = min(moves, default=(best, sizes))
+        if found[0] >= (best[0], best[1] * (1 - 1e-12), best[2]):  # not for the sake of rounding
+            return sizes
+        best, sizes = found
+
+
+def _moved(sizes: tuple[int, ...], source: int, target: int) -> tuple[int, ...]:
+    """One layer fewer in one stage and one more in another; those between shift along."""
+    return tuple(size - (i == source) + (i == target) for i, size in enumerate(sizes))

@@ -40,7 +40,7 @@ CASES = [
     ("optim.weight_decay=-1", "optim.weight_decay=-1: use a number 0 or more", "optim.weight_decay=0"),
     ("optim.clip_norm=0", "optim.clip_norm=0: use a number above 0", "optim.clip_norm=inf"),
     ("model.rope_theta=1", "model.rope_theta=1: use a number above 1", "model.rope_theta=10000"),
-    ("parallel.schedule=gpipe", "parallel.schedule=gpipe: use 1f1b", "parallel.schedule=1f1b"),
+    ("parallel.schedule=zigzag", "parallel.schedule=zigzag: use gpipe, 1f1b,", "parallel.schedule=gpipe"),
     ("parallel.dispatcher=x", "parallel.dispatcher=x: use flat", "parallel.dispatcher=flat"),
     ("optim.moments=fp16", "optim.moments=fp16: use bf16 or fp32", "optim.moments=fp32"),
     ("train.precision=fp16", "train.precision=fp16: use bf16 or fp32", "train.precision=bf16"),
@@ -99,10 +99,15 @@ CASES = [
     ("parallel.expert=4", "parallel.expert=4 does not divide parallel.data=2: use 1 or 2", "parallel.expert=1"),
     (
         "train.global_batch_size=37",
-        "train.global_batch_size=37 is not divisible by train.micro_batch_size=2 * parallel.data=2 = 4: use 32 or 40",
+        "train.global_batch_size=37 is not divisible by train.micro_batch_size=2 * parallel.data=2 = 4: use 36 or 40",
         "train.global_batch_size=40",
     ),
-    ("train.global_batch_size=4", "and 1 micro-batches", "train.global_batch_size=32"),
+    (
+        "parallel.stages_per_rank=2",
+        "dualpipe has 1 stage a rank, not 2: use 1, or interleaved",
+        "parallel.stages_per_rank=1",
+    ),
+    ("parallel.schedule=nowhere.csv", "nowhere.csv: No such file", "parallel.schedule=zb1p"),
     ("parallel.pipeline=3", "parallel.schedule=dualpipe with parallel.pipeline=3", "parallel.pipeline=4"),
     (
         "parallel.pipeline=7",
@@ -125,6 +130,39 @@ def test_rule_fires_and_its_remedy_works(override: str, message: str, remedy: st
     assert any(message in text for text in messages), messages
     assert len(messages) <= 2
     assert found(remedy) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "remedies"),
+    [
+        (
+            "parallel.schedule=zbv parallel.pipeline=4",
+            "has 2 stages a rank, 8 in all, and each needs one of model.num_hidden_layers=6: "
+            "use parallel.pipeline=3 or parallel.schedule=1f1b",
+            ["parallel.schedule=zbv parallel.pipeline=3", "parallel.schedule=1f1b parallel.pipeline=4"],
+        ),
+        (
+            "parallel.schedule=interleaved parallel.stages_per_rank=4",
+            "use parallel.pipeline=1, parallel.stages_per_rank=3 or parallel.schedule=1f1b",
+            ["parallel.schedule=interleaved parallel.stages_per_rank=3"],
+        ),
+        (
+            "parallel.schedule=dualpipev parallel.layers_per_stage=[3,3]",
+            "has 2 numbers for the 4 stages of parallel.schedule=dualpipev on 2 ranks: use [2,2,1,1]",
+            ["parallel.schedule=dualpipev parallel.layers_per_stage=[2,2,1,1]"],
+        ),
+    ],
+)
+def test_schedules_with_several_stages_a_rank_say_what_fits(overrides: str, message: str, remedies: list[str]) -> None:
+    (found_message,) = found(*overrides.split())
+    assert message in found_message
+    for remedy in remedies:
+        assert found(*remedy.split()) == []
+
+
+@pytest.mark.parametrize("batch", [4, 12, 20, 28, 36])
+def test_dualpipe_takes_any_number_of_micro_batches(batch: int) -> None:
+    assert found(f"train.global_batch_size={batch}") == []
 
 
 def test_one_group_of_one_expert_is_no_group() -> None:

@@ -1,29 +1,10 @@
-"""Schedules as pure functions: shape of the pipeline in, every rank's list of actions out. No torch."""
+"""DualPipe: micro-batches from both ends, forwards of one direction paired with backwards of the other."""
 
 from collections import deque
-from collections.abc import Callable
 
 from parallel.pipeline.actions import Action, Pair, Schedule, Step
-
-
-class ScheduleError(ValueError):
-    """A schedule that cannot exist; the message names the constraint and the nearest that works."""
-
-
-def one_f_one_b(*, num_ranks: int, num_microbatches: int) -> Schedule:
-    """1F1B (PipeDream-flush): warm up by the distance to the last rank, then alternate, then drain.
-
-    Bubble (P - 1)(F + B); rank r holds at most min(M, P - r) activations.
-    """
-    ranks: list[tuple[Step, ...]] = []
-    for rank in range(num_ranks):
-        warmup = min(num_ranks - 1 - rank, num_microbatches)
-        steps: list[Step] = [Action("F", rank, m) for m in range(warmup)]
-        for m in range(num_microbatches - warmup):
-            steps += [Action("F", rank, m + warmup), Action("B", rank, m)]
-        steps += [Action("B", rank, m) for m in range(num_microbatches - warmup, num_microbatches)]
-        ranks.append(tuple(steps))
-    return Schedule("1f1b", num_ranks, num_ranks, num_microbatches, False, tuple(ranks))
+from parallel.pipeline.placement import mirror
+from parallel.pipeline.schedules.prune import keep
 
 
 class _DualPipeRank:
@@ -61,7 +42,7 @@ class _DualPipeRank:
         self.steps.append(Pair(self.next("F", forward), self.next("B", backward)))
 
 
-def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
+def eight_steps(*, num_ranks: int, num_microbatches: int) -> Schedule:
     """DualPipe (report section 3.2.1 and figure 5): micro-batches from both ends, forwards paired with backwards.
 
     Every rank holds two stages, r and P - 1 - r. Needs P and M even and M >= 2P. Bubble (P/2 - 1)(F&B + B - 3W); at
@@ -104,34 +85,17 @@ def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
         for _ in range(inner + 1):  # step 8
             r.weight()
         ranks.append(tuple(r.steps))
-    return Schedule("dualpipe", num_ranks, num_ranks, num_microbatches, True, tuple(ranks))
+    return Schedule("dualpipe", num_ranks, num_ranks, num_microbatches, mirror(num_ranks), tuple(ranks))
 
 
-_BUILDERS: dict[str, Callable[..., Schedule]] = {"1f1b": one_f_one_b, "dualpipe": dualpipe}
-SCHEDULES = tuple(_BUILDERS)
-BIDIRECTIONAL = ("dualpipe",)
+def dualpipe(*, num_ranks: int, num_microbatches: int) -> Schedule:
+    """DualPipe for any number of micro-batches, P even: where they are odd or below 2P, the eight steps of the next
+    possible number without the first ones of each direction.
 
-
-def build(name: str, *, num_ranks: int, num_microbatches: int) -> Schedule:
-    """The schedule `name` of num_ranks pipeline ranks and num_microbatches (both directions together).
-
-    ScheduleError where it does not exist, with the nearest shape that does.
+    The last ones are kept because around them the eight steps split backwards, which shortens the way of a gradient.
+    At equal costs of F, I and W never slower than 1F1B, for P to 64 and any M; live activations stay at most P + 1.
     """
-    if name not in _BUILDERS:
-        raise ScheduleError(f"schedule {name!r} does not exist: choose from {', '.join(SCHEDULES)}")
-    if num_ranks < 1 or num_microbatches < 1:
-        raise ScheduleError(f"{name} needs at least 1 rank and 1 micro-batch, not {num_ranks} and {num_microbatches}")
-    if name == "dualpipe":
-        ranks = num_ranks + num_ranks % 2
-        nearest = max(2 * ranks, num_microbatches + num_microbatches % 2)
-        if num_ranks % 2:
-            raise ScheduleError(
-                f"dualpipe pairs the two halves of the pipeline, so its ranks must be even, not {num_ranks}: "
-                f"use {ranks} ranks with {nearest} micro-batches, or 1f1b"
-            )
-        if nearest != num_microbatches:
-            raise ScheduleError(
-                f"dualpipe on {num_ranks} ranks needs an even number of micro-batches, at least {2 * num_ranks}, "
-                f"not {num_microbatches}: use {nearest}, or 1f1b"
-            )
-    return _BUILDERS[name](num_ranks=num_ranks, num_microbatches=num_microbatches)
+    whole = max(2 * num_ranks, num_microbatches + num_microbatches % 2)
+    schedule = eight_steps(num_ranks=num_ranks, num_microbatches=whole)
+    down, up = (num_microbatches + 1) // 2, num_microbatches // 2
+    return keep(schedule, [*range(whole // 2 - down, whole // 2), *range(whole - up, whole)])
