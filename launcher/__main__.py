@@ -126,20 +126,9 @@ def _bench(argv: list[str]) -> int:
 
 
 def _prepare(argv: list[str]) -> int:
-    parser = _parser("prepare", "Collects text that is on this machine, builds a tokenizer and writes token files.")
-    parser.add_argument("--corpus", choices=("stdlib", "full"), default="stdlib", help="stdlib: Python's own library")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (default 4096)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default runs/data/CORPUS)")
-    args = parser.parse_args(argv)
-    from data.prepare import prepare
+    from launcher.prepare_command import prepare_command
 
-    prepare(
-        corpus=args.corpus,
-        out_dir=args.out or Path("runs/data") / args.corpus,
-        vocab_size=args.vocab_size,
-        progress=print,
-    )
-    return 0
+    return prepare_command(argv)
 
 
 def _score(argv: list[str]) -> int:
@@ -211,7 +200,7 @@ def _parser(name: str, description: str) -> ArgumentParser:
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model; starts its own local processes unless torchrun or srun has", _train),
     "demo": Command("prepare data, train experiment=tiny, score it, draw its curve", _demo),
-    "prepare": Command("turn text on this machine into token files", _prepare),
+    "prepare": Command("turn JSON lines, parquet or text into token files", _prepare),
     "score": Command("loss of given token sequences under a checkpoint", _score),
     "generate": Command("continue a prompt", _generate),
     "bench": Command("measure speed: bench step --json [OVERRIDES]", _bench),

@@ -1,0 +1,330 @@
+"""Text files to token files in parallel, from wherever an earlier call stopped.
+
+    inputs -> units -> workers: ids of every document -> duplicates out -> shards -> OUT/{train,heldout}.*
+
+The result is a pure function of the inputs' content and the recipe: the number of workers, the cut into units and
+restarts leave no trace in it. Finished units and shards stay in OUT/.work until the manifests are written.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.assemble import Shard, ShardResult, mark_duplicates, plan_shards, write_shard
+from data.encode import Encoder, Recipe, UnitResult, encode_unit, finished
+from data.index import TokenFileError, sha256_file, sibling
+from data.inputs import InputError, Plan, plan, reject_json
+from data.prepare import PrepareError
+from data.tokens import FileRecord, Manifest, SourceRecord, file_problems
+
+RECIPE_VERSION = 1  # counts up whenever the same recipe would give other files
+REJECTS_FILE = "rejects.jsonl"
+TOKENIZER_FILE = "tokenizer.json"
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far it is. stage: encode, deduplicate or write; done and total in the stage's unit, bytes or tokens."""
+
+    stage: str
+    done: int
+    total: int
+    documents: int
+    tokens: int
+    rejects: int
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What came of it; heldout is None if no document was held out, rebuilt False if all was there already."""
+
+    train: Manifest
+    heldout: Manifest | None
+    rejects_path: Path
+    rebuilt: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The parts of one call that its stages share."""
+
+    recipe: Recipe
+    encoder: Encoder
+    plan: Plan
+    inputs: tuple[str, ...]
+    licence: str
+    out: Path
+    work: Path
+    arguments: dict[str, Any]
+    workers: int
+    on_progress: Callable[[Report], None]
+
+
+def _silent(report: Report) -> None:
+    del report
+
+
+def ingest(
+    inputs: Sequence[str | Path],
+    out_dir: str | Path,
+    recipe: Recipe,
+    *,
+    workers: int,
+    licence: str = "not stated",
+    shard_tokens: int = 8_000_000_000,
+    on_progress: Callable[[Report], None] = _silent,
+) -> Ingested:
+    """Tokenises files and folders into OUT; a killed call is continued by the same call.
+
+    workers: processes; 0: this one. Raises InputError, TokenizerError or PrepareError with what cannot work before
+    anything is read, and PrepareError if a worker dies or nothing is left to train on.
+    """
+    _check(recipe, shard_tokens, workers)
+    out = Path(out_dir)
+    made = Encoder(recipe)
+    planned = plan(inputs, text_key=recipe.text_key)
+    if any(Path(state.path).resolve().is_relative_to(out.resolve()) for state in planned.files):
+        raise PrepareError(f"{out}: the output folder holds inputs; choose another one")
+    names = tuple(map(str, inputs))
+    arguments = _arguments(recipe, made, planned, shard_tokens, names)
+    job = _Job(recipe, made, planned, names, licence, out, out / ".work", arguments, workers, on_progress)
+    complete = _complete(job)
+    if complete is not None:
+        return complete
+    _open_work(job)
+    results = _encode(job)
+    rejects = _rejects(job, results)
+    if not any(result.documents for result in results):
+        raise PrepareError(f"no document in {', '.join(names)}: {len(rejects)} rejects, see {out / REJECTS_FILE}")
+    on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(rejects)))
+    duplicates = mark_duplicates(job.work, len(planned.units))
+    shards = plan_shards(job.work, len(planned.units), shard_tokens)
+    if shards[0].set_name != "train":
+        raise PrepareError(f"every document was held out; heldout_fraction is {recipe.heldout_fraction}")
+    written = _write(job, shards)
+    counts = {"documents_read": sum(result.documents for result in results), "duplicates": duplicates}
+    counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(rejects).items())}
+    _copy_tokenizer(job)
+    manifests = [_manifest(job, name, shards, written, counts) for name in ("train", "heldout")]
+    shutil.rmtree(job.work)
+    assert manifests[0] is not None
+    return Ingested(manifests[0], manifests[1], out / REJECTS_FILE, rebuilt=True)
+
+
+def _check(recipe: Recipe, shard_tokens: int, workers: int) -> None:
+    rates = {"heldout_fraction": recipe.heldout_fraction, "fim_rate": recipe.fim_rate, "split_rate": recipe.split_rate}
+    errors = [f"{key} is {value}: it must lie in [0, 1]" for key, value in rates.items() if not 0 <= value <= 1]
+    errors += [f"shard_tokens is {shard_tokens}: it must be at least 1"] if shard_tokens < 1 else []
+    errors += [f"workers is {workers}: it must be at least 0"] if workers < 0 else []
+    if errors:
+        raise InputError(errors)
+
+
+def _arguments(
+    recipe: Recipe, made: Encoder, planned: Plan, shard_tokens: int, inputs: Sequence[str]
+) -> dict[str, Any]:
+    """What decides the result, as the manifest records it."""
+    fim = asdict(made.special.fim) if made.special.fim and recipe.fim_rate else None
+    listing = hashlib.sha256(json.dumps([(state.path, state.bytes) for state in planned.files]).encode()).hexdigest()
+    return {
+        "recipe": RECIPE_VERSION,
+        **asdict(recipe),
+        "tokenizer": sha256_file(recipe.tokenizer),
+        "fim_tokens": fim,
+        "end_of_sentence": made.special.end_of_sentence,
+        "shard_tokens": shard_tokens,
+        "inputs": list(inputs),
+        "input_files": len(planned.files),
+        "input_bytes": sum(state.bytes for state in planned.files),
+        "input_listing_sha256": listing,
+    }
+
+
+def _complete(job: _Job) -> Ingested | None:
+    """The output of an earlier call with the same arguments on inputs that have not changed since."""
+    path = sibling(job.out / "train", ".json")
+    if not path.exists() or job.work.exists():
+        return None
+    newest = max((state.mtime_ns for state in job.plan.files), default=0)
+    names = [name for name in ("train", "heldout") if sibling(job.out / name, ".json").exists()]
+    try:
+        manifests = [Manifest.read(job.out / name) for name in names]
+        if any(file_problems(job.out / name, part) for name, part in zip(names, manifests, strict=True)):
+            return None
+    except TokenFileError:
+        return None
+    if names[0] != "train" or manifests[0].arguments != job.arguments or newest > path.stat().st_mtime_ns:
+        return None
+    return Ingested(manifests[0], manifests[1] if len(manifests) > 1 else None, job.out / REJECTS_FILE, rebuilt=False)
+
+
+def _open_work(job: _Job) -> None:
+    """Keeps the work of a killed call with the same arguments and inputs, else begins anew.
+
+    From here on the old output is being replaced, so no manifest may vouch for a mixture.
+    """
+    job.work.mkdir(parents=True, exist_ok=True)
+    key = json.dumps([job.arguments, [asdict(state) for state in job.plan.files]], sort_keys=True)
+    marker = job.work / "plan.json"
+    if not marker.exists() or marker.read_text(encoding="utf-8") != key:
+        shutil.rmtree(job.work)
+        job.work.mkdir()
+        temporary = marker.with_suffix(".tmp")
+        temporary.write_text(key, encoding="utf-8")
+        os.replace(temporary, marker)
+    for name in ("train", "heldout"):
+        (job.out / f"{name}.json").unlink(missing_ok=True)
+    for leftover in job.out.glob("*.tmp-*"):  # of a killed writer
+        leftover.unlink()
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Callable[..., Future]]:
+    """Submits calls to `workers` spawned processes, or runs them at once if there are none."""
+    if not workers:
+
+        def now(function: Callable[..., R], *arguments: Any) -> Future:
+            future: Future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+        yield now
+        return
+    # the workers are the parallelism; the tokenizers package would start threads of its own in each
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool.submit
+    except BrokenProcessPool as error:
+        raise PrepareError("a worker process was killed, perhaps for memory; the same command continues") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode(job: _Job) -> list[UnitResult]:
+    units = job.plan.units
+    results: dict[int, UnitResult] = {}
+    todo = []
+    for number in range(len(units)):
+        done = finished(job.work, number)
+        if done is None:
+            todo.append(number)
+        else:
+            results[number] = done
+    _encode_report(job, results)
+    with _pool(job.workers) as submit:
+        # a bounded number in flight: the list of a large corpus' units need not be pickled at once
+        pending: dict[Future, int] = {}
+        queue = iter(todo)
+        for number in _take(queue, 4 * max(1, job.workers)):
+            pending[submit(encode_unit, units[number], number, job.recipe, job.work)] = number
+        while pending:
+            future = next(as_completed(pending))
+            results[pending.pop(future)] = future.result()
+            _encode_report(job, results)
+            for number in _take(queue, 1):
+                pending[submit(encode_unit, units[number], number, job.recipe, job.work)] = number
+    return [results[number] for number in range(len(units))]
+
+
+def _take(queue: Iterator[int], count: int) -> Iterable[int]:
+    return [number for _, number in zip(range(count), queue, strict=False)]
+
+
+def _encode_report(job: _Job, results: dict[int, UnitResult]) -> None:
+    done = sum(job.plan.units[number].size_bytes for number in results)
+    values = results.values()
+    documents, tokens = sum(r.documents for r in values), sum(r.tokens for r in values)
+    rejects = sum(len(r.rejects) for r in values) + len(job.plan.rejects)
+    job.on_progress(Report("encode", done, job.plan.total_bytes, documents, tokens, rejects))
+
+
+def _rejects(job: _Job, results: Sequence[UnitResult]) -> list[str]:
+    """Writes the rejects file, lines numbered within their files; returns the reasons."""
+    reasons = [reject.reason for reject in job.plan.rejects]
+    temporary = job.out / f"{REJECTS_FILE}.tmp-{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(reject_json(reject) for reject in job.plan.rejects)
+        before: Counter[str] = Counter()
+        for unit, result in zip(job.plan.units, results, strict=True):
+            base = before[unit.paths[0]] if unit.kind == "jsonl" else 0
+            for reject in result.rejects:
+                reasons.append(reject.reason)
+                stream.write(reject_json(replace(reject, line=reject.line + base) if reject.line else reject))
+            before[unit.paths[0]] += result.lines
+    os.replace(temporary, job.out / REJECTS_FILE)
+    return reasons
+
+
+def _write(job: _Job, shards: Sequence[Shard]) -> list[ShardResult]:
+    total = sum(shard.num_tokens for shard in shards)
+    sources = [unit.source for unit in job.plan.units]
+    results: dict[int, ShardResult] = {}
+    with _pool(job.workers) as submit:
+        futures = {
+            submit(write_shard, shard, job.out, job.work, job.encoder.dtype.name, sources): number
+            for number, shard in enumerate(shards)
+        }
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            done = sum(result.num_tokens for result in results.values())
+            documents = sum(result.num_documents for result in results.values())
+            job.on_progress(Report("write", done, total, documents, done, 0))
+    return [results[number] for number in range(len(shards))]
+
+
+def _copy_tokenizer(job: _Job) -> None:
+    temporary = job.out / f"{TOKENIZER_FILE}.tmp-{os.getpid()}"
+    shutil.copyfile(job.recipe.tokenizer, temporary)
+    os.replace(temporary, job.out / TOKENIZER_FILE)
+
+
+def _manifest(
+    job: _Job, set_name: str, shards: Sequence[Shard], results: Sequence[ShardResult], counts: dict[str, int]
+) -> Manifest | None:
+    mine = [(shard, result) for shard, result in zip(shards, results, strict=True) if shard.set_name == set_name]
+    if not mine:
+        return None
+    own = [result for _, result in mine]
+    tokenizer = job.out / TOKENIZER_FILE
+    files = {name: record for result in own for name, record in result.files.items()}
+    files[TOKENIZER_FILE] = FileRecord(tokenizer.stat().st_size, sha256_file(tokenizer))
+    content = hashlib.sha256("".join(result.content for result in own).encode()).hexdigest()
+    turned, split = sum(result.num_turned for result in own), sum(result.num_split for result in own)
+    heldout = {"fim_rate": 0.0, "split_rate": 0.0} if set_name == "heldout" else {}
+    manifest = Manifest(
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=files[TOKENIZER_FILE].sha256,
+        vocab_size=job.encoder.special.vocab_size,
+        dtype=job.encoder.dtype.name,
+        num_tokens=sum(result.num_tokens for result in own),
+        num_documents=sum(result.num_documents for result in own),
+        max_token_id=max(result.max_token_id for result in own),
+        text_bytes=sum(result.text_bytes for result in own),
+        files=files,
+        sources=tuple(_sources(job, own)),
+        arguments=job.arguments | heldout,
+        corpus_sha256=content,
+        shards=tuple(shard.name for shard, _ in mine) if len(mine) > 1 else (),
+        counts=counts | {"turned": turned, "tokens_split": split},
+    )
+    manifest.write(job.out / set_name)
+    return manifest
+
+
+def _sources(job: _Job, results: Sequence[ShardResult]) -> Iterator[SourceRecord]:
+    for number, name in enumerate(job.inputs):
+        documents = sum(result.source_documents.get(number, 0) for result in results)
+        size = sum(result.source_bytes.get(number, 0) for result in results)
+        yield SourceRecord(Path(name).name, documents, size, job.licence, name)
