@@ -1,0 +1,202 @@
+"""The quantisers: 1x128, 128x1 and 128x128 tiles to E4M3, as one interface over two sets of kernels.
+
+`TorchKernels` is the definition, in plain torch; `native.NativeKernels` computes the same bits in one pass.
+
+    amax = max |x| over the tile, at least the floor     scale = amax / 448 in FP32
+    power of two: 2^ceil(log2 scale), from the bits      value = E4M3(x / scale), nearest even, saturating
+
+as the released act_quant kernel does. Beyond it: a floor of 0 gives an all-zero tile the scale 1; no scale is below
+2^-126; a tile with NaN or infinity becomes NaN throughout, scale and values (the released kernel would turn its other
+numbers into zeros, torch's cast infinity into 448).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.fp8.formats import (
+    AMAX_FLOOR,
+    LARGEST_E4M3,
+    NAN_EXPONENT,
+    TILE_SIZE,
+    Operand,
+    QuantisedTensor,
+    Rows,
+    Scales,
+    Tile,
+    exponents_to_scales,
+    num_strips,
+    spread,
+)
+
+SMALLEST_SCALE = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What kernels return: E4M3 bytes and BF16 numbers (either None if not asked for), and the tiles' scales."""
+
+    values: Tensor | None
+    wide: Tensor | None
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compute: tile and scales, the amax floor, and which of the two outputs."""
+
+    tile: Tile
+    scales: Scales
+    amax_floor: float
+    values: bool
+    wide: bool
+
+
+class Kernels(Protocol):
+    """Computes quantisation on matrices; every implementation gives the same bits."""
+
+    def encode(self, x: Tensor, rows: Rows, request: Request) -> Encoded:
+        """x [rows, columns] BF16 or FP32 to what the request says."""
+        ...
+
+    def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
+        """Values times scales in BF16 or FP32, [rows, columns]."""
+        ...
+
+
+def tile_amax(x: Tensor, tile: Tile, rows: Rows) -> Tensor:
+    """Largest magnitude of every tile in FP32; NaN where the tile has one."""
+    amax = x.float().abs()
+    if tile is not Tile.ROW:
+        blocks = [part.amax(0) for part in amax.split(rows.lengths)] if rows.num_blocks else []
+        amax = torch.stack(blocks) if blocks else amax[:0]
+    if tile is not Tile.COLUMN:
+        padding = -x.shape[1] % TILE_SIZE
+        amax = torch.nn.functional.pad(amax, (0, padding)).view(len(amax), num_strips(x.shape[1]), TILE_SIZE).amax(2)
+    return amax
+
+
+def scales_of(amax: Tensor, *, largest: float, floor: float) -> Tensor:
+    """FP32 scales amax / largest with the floor; 1 for amax 0 without a floor; NaN where amax is not finite."""
+    amax = torch.where(amax.isinf(), torch.nan, amax)
+    scales = (amax.clamp(min=floor) / torch.tensor(largest)).clamp(min=SMALLEST_SCALE)
+    return torch.where(amax.clamp(min=floor) == 0, 1.0, scales)
+
+
+def exponents_of(scales: Tensor) -> Tensor:
+    """The exponent byte of the smallest power of two that is not below each scale, from its bits; 255 for NaN."""
+    exponents = (scales.view(torch.int32) + 0x7FFFFF) >> 23
+    return exponents.masked_fill(scales.isnan(), NAN_EXPONENT).to(torch.uint8)
+
+
+class TorchKernels:
+    """The definition in plain torch."""
+
+    def encode(self, x: Tensor, rows: Rows, request: Request) -> Encoded:
+        """See Kernels."""
+        scales = scales_of(tile_amax(x, request.tile, rows), largest=LARGEST_E4M3, floor=request.amax_floor)
+        stored = scales
+        if request.scales is Scales.POWER_OF_TWO:
+            stored = exponents_of(scales)
+            scales = exponents_to_scales(stored)
+        wide_scales = spread(scales, request.tile, rows, x.shape[1])
+        scaled = x.float() / wide_scales
+        values = torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
+        wide = None
+        if request.wide:
+            wide = values.float() * wide_scales if request.scales is Scales.POWER_OF_TWO else values
+            wide = wide.to(torch.bfloat16)
+        return Encoded(values if request.values else None, wide, stored)
+
+    def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
+        """See Kernels."""
+        return tensor.dequantise(dtype).view(tensor.values.shape)
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """Rounds tensors to E4M3 in tiles.
+
+    tile, scales: which numbers share a scale, and its format. amax_floor: 1e-4 as the released kernel has, 0 for
+    gradients smaller than that (an all-zero tile then has the scale 1).
+    """
+
+    tile: Tile
+    scales: Scales = Scales.POWER_OF_TWO
+    amax_floor: float = AMAX_FLOOR
+    kernels: Kernels = field(default_factory=TorchKernels)
+
+    def quantise(self, x: Tensor, counts: tuple[int, ...] | None = None) -> QuantisedTensor:
+        """x [..., columns], BF16 or FP32, leading dimensions flattened to rows.
+
+        counts: rows of each group; tiles of 128 rows start anew at every group. One group where it is not given.
+        A tile with NaN or infinity becomes NaN; see `first_non_finite`.
+        """
+        matrix, rows = _matrix(x, counts)
+        encoded = self.kernels.encode(matrix, rows, self._request(values=True))
+        assert encoded.values is not None
+        return QuantisedTensor(encoded.values, encoded.scales, self.tile, rows, tuple(x.shape))
+
+    def operand(self, x: Tensor, counts: tuple[int, ...] | None = None) -> Operand:
+        """As `quantise`, but the rounded numbers in BF16 for a product; the bytes are never made."""
+        matrix, rows = _matrix(x, counts)
+        return self._operand(self.kernels.encode(matrix, rows, self._request(wide=True)), rows)
+
+    def both(self, x: Tensor, counts: tuple[int, ...] | None = None) -> tuple[QuantisedTensor, Operand]:
+        """`quantise` and `operand` in one pass."""
+        matrix, rows = _matrix(x, counts)
+        encoded = self.kernels.encode(matrix, rows, self._request(values=True, wide=True))
+        assert encoded.values is not None
+        tensor = QuantisedTensor(encoded.values, encoded.scales, self.tile, rows, tuple(x.shape))
+        return tensor, self._operand(encoded, rows)
+
+    def as_operand(self, tensor: QuantisedTensor) -> Operand:
+        """The operand of a tensor that is already in this quantiser's tiles."""
+        if tensor.power_of_two:
+            return Operand(self.kernels.decode(tensor, torch.bfloat16), None, tensor.tile, tensor.rows)
+        return Operand(tensor.values.to(torch.bfloat16), tensor.scales, tensor.tile, tensor.rows)
+
+    def widen(self, tensor: QuantisedTensor) -> Tensor:
+        """Dequantised [rows, columns] without rounding to BF16 where that would lose bits (FP32 scales)."""
+        return self.kernels.decode(tensor, torch.bfloat16 if tensor.power_of_two else torch.float32)
+
+    def requantise(self, tensor: QuantisedTensor) -> QuantisedTensor:
+        """The same numbers in this quantiser's tiles: the report's 1x128 to 128x1 conversion for the weight gradient.
+
+        With power-of-two scales on both sides a number changes only if it is not a multiple of 2^-9 times its new
+        scale: a number below 2^-6 of that scale whose four significant bits reach further down (underflow). With
+        FP32 scales every number is rounded a second time.
+        """
+        return self.quantise(self.widen(tensor), tensor.rows.counts)
+
+    def _request(self, *, values: bool = False, wide: bool = False) -> Request:
+        return Request(self.tile, self.scales, self.amax_floor, values, wide)
+
+    def _operand(self, encoded: Encoded, rows: Rows) -> Operand:
+        assert encoded.wide is not None
+        scales = encoded.scales if self.scales is Scales.FP32 else None
+        return Operand(encoded.wide, scales, self.tile, rows)
+
+
+def first_non_finite(tensor: QuantisedTensor) -> tuple[int, int] | None:
+    """Row and column of the first tile (among the scales) that had NaN or infinity in it, if there is one."""
+    bad = tensor.scales == NAN_EXPONENT if tensor.power_of_two else tensor.scales.isnan()
+    if not bad.any():
+        return None
+    row, column = bad.nonzero()[0].tolist()
+    return row, column
+
+
+def _matrix(x: Tensor, counts: tuple[int, ...] | None) -> tuple[Tensor, Rows]:
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"quantise takes bfloat16 or float32, not {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"quantise takes [..., rows, columns], not the shape {tuple(x.shape)}")
+    matrix = x.flatten(0, -2)
+    if counts is not None and sum(counts) != len(matrix):
+        raise ValueError(f"groups of {sum(counts)} rows in all do not fit {len(matrix)} rows of shape {tuple(x.shape)}")
+    return matrix, Rows.of((len(matrix),) if counts is None else counts)
