@@ -6,7 +6,8 @@ per token (in the order of k) are defined here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,26 +22,11 @@ from model.dispatch import (
     return_scalars,
     sum_rows,
 )
+from parallel.expert.exchange import ExpertGroup
+from parallel.expert.transfer import Begun, Hop, Parcel, Traffic, Transfer
+from parallel.expert.wire import as_bytes, from_bytes
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Transfer(Generic[T]):
-    """Collectives under way, and what to make of their outputs when they have arrived."""
-
-    works: tuple[dist.Work, ...]
-    finish: Callable[[], T]
-
-    def wait(self) -> T:
-        """See `Pending`."""
-        for work in self.works:
-            work.wait()
-        return self.finish()
-
-    def done(self) -> bool:
-        """See `Pending`."""
-        return all(work.is_completed() for work in self.works)
 
 
 @dataclass(frozen=True)
@@ -63,9 +49,18 @@ class _Handle:
 class FlatDispatcher:
     """`TokenDispatcher` over a process group whose rank i holds the experts [i * E / n, (i + 1) * E / n)."""
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
-        self._group, self._num_ranks = group, dist.get_world_size(group)
-        self._num_experts, self._num_local = num_experts, num_experts // self._num_ranks
+    def __init__(
+        self, group: dist.ProcessGroup, num_experts: int, *, timeout: timedelta = timedelta(minutes=5)
+    ) -> None:
+        self._experts = ExpertGroup(group, num_experts=num_experts, wire=0, timeout=timeout)
+        self._num_ranks = len(self._experts.ranks)
+        self._num_local = num_experts // self._num_ranks
+        self._hop = Hop("all ranks", group, self._experts.ranks, self._experts.me)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Rows and bytes sent to other ranks so far."""
+        return self._hop.traffic
 
     def dispatch(
         self,
@@ -77,53 +72,61 @@ class FlatDispatcher:
     ) -> Transfer[Dispatched]:
         """See `TokenDispatcher`."""
         if handle is not None:
-            known = handle
-            rows, work = self._start(gather_rows(x_TD, known.permutation), known.sent, known.received)
-            assert known.weights_R is not None, "the handle is of a dispatch that has not been waited for"
-            weights_R = known.weights_R
-            return Transfer((work,), lambda: Dispatched(rows[known.regroup], weights_R, known.counts, known))
-        assert ids_TK is not None and weights_TK is not None, "a first dispatch needs ids and weights"
-        new = self._route(ids_TK)
-        rows, rows_work = self._start(gather_rows(x_TD, new.permutation), new.sent, new.received)
-        weights, weights_work = self._start(gather_scalars(weights_TK, new.permutation), new.sent, new.received)
+            known, weights_R = handle, handle.weights_R
+            assert weights_R is not None, "the handle is of a dispatch that has not been waited for"
+            return self._transfer(
+                "dispatch with a handle",
+                Parcel(gather_rows(x_TD, known.permutation)),
+                (known.sent, known.received),
+                lambda arrived: Dispatched(arrived.rows_ND[known.regroup], weights_R, known.counts, known),
+            )
+        if ids_TK is None or weights_TK is None:
+            raise ValueError("a first dispatch needs ids_TK and weights_TK")
+        new = self._route(x_TD, ids_TK, weights_TK)
 
-        def finish() -> Dispatched:
-            weights_R = weights[new.regroup]
+        def finish(arrived: Parcel) -> Dispatched:
+            assert arrived.extra_NB is not None
+            weights_R = from_bytes(arrived.extra_NB, weights_TK.dtype)[new.regroup, 0]
             kept = _Handle(new.permutation, new.sent, new.received, new.regroup, new.back, new.counts, weights_R)
-            return Dispatched(rows[new.regroup], weights_R, new.counts, kept)
+            return Dispatched(arrived.rows_ND[new.regroup], weights_R, new.counts, kept)
 
-        return Transfer((rows_work, weights_work), finish)
+        weights_R1 = gather_scalars(weights_TK, new.permutation)[:, None]
+        parcel = Parcel(gather_rows(x_TD, new.permutation), as_bytes(weights_R1))
+        return self._transfer(f"dispatch {self._experts.number}", parcel, (new.sent, new.received), finish)
 
     def combine(self, rows_RD: Tensor, handle: _Handle, weights_R: Tensor | None = None) -> Transfer[Combined]:
         """See `TokenDispatcher`."""
-        rows, rows_work = self._start(rows_RD[handle.back], handle.received, handle.sent)
-        if weights_R is None:
-            return Transfer((rows_work,), lambda: Combined(sum_rows(rows, handle.permutation), None))
-        weights, weights_work = self._start(weights_R[handle.back], handle.received, handle.sent)
-        return Transfer(
-            (rows_work, weights_work),
-            lambda: Combined(sum_rows(rows, handle.permutation), return_scalars(weights, handle.permutation)),
-        )
+        extra = None if weights_R is None else as_bytes(weights_R[handle.back, None])
 
-    def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, dist.Work]:
-        arrived = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(arrived, rows, received, sent, group=self._group, async_op=True)
-        assert work is not None
-        return arrived, work
+        def finish(arrived: Parcel) -> Combined:
+            weights_TK = None
+            if weights_R is not None and arrived.extra_NB is not None:
+                scalars = from_bytes(arrived.extra_NB, weights_R.dtype)[:, 0]
+                weights_TK = return_scalars(scalars, handle.permutation)
+            return Combined(sum_rows(arrived.rows_ND, handle.permutation), weights_TK)
 
-    def _route(self, ids_TK: Tensor) -> _Handle:
-        permutation = Permutation.by_expert(ids_TK, self._num_experts)
-        to_RE = torch.tensor(permutation.counts, device=ids_TK.device).view(self._num_ranks, self._num_local)
-        from_RE = torch.empty_like(to_RE)
-        dist.all_to_all_single(from_RE, to_RE, group=self._group)
-        from_RE = from_RE.cpu()  # the splits of an all-to-all are host integers
-        sent = [sum(permutation.counts[start : start + self._num_local]) for start in self._starts()]
-        received = from_RE.sum(1).tolist()
+        return self._transfer("combine", Parcel(rows_RD[handle.back], extra), (handle.received, handle.sent), finish)
+
+    def _transfer(
+        self, name: str, parcel: Parcel, splits: tuple[list[int], list[int]], finish: Callable[[Parcel], T]
+    ) -> Transfer[T]:
+        sent = self._hop.start(parcel, *splits)
+        return Transfer(name, Begun(sent), self._hop, finish, self._experts.roll_call)
+
+    def _route(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Handle:
+        exchanged = self._experts.exchange(x_TD, ids_TK, weights_TK, width=self._num_local, table=self._counts)
+        permutation = Permutation.by_expert(ids_TK, self._experts.num_experts)
+        from_RE = exchanged.from_RC
         arrival_expert = torch.arange(self._num_local).repeat(self._num_ranks).repeat_interleave(from_RE.flatten())
         regroup = arrival_expert.argsort(stable=True).to(ids_TK.device)
         back = torch.empty_like(regroup)
         back[regroup] = torch.arange(len(regroup), device=regroup.device)
+        sent, received = exchanged.own_RC.sum(1).tolist(), from_RE.sum(1).tolist()
         return _Handle(permutation, sent, received, regroup, back, tuple(from_RE.sum(0).tolist()))
 
-    def _starts(self) -> range:
-        return range(0, self._num_experts, self._num_local)
+    def _counts(self, ids_TK: Tensor) -> Tensor:
+        """Rows for each expert: [R, local experts]."""
+        ids = ids_TK.flatten().long() + 1
+        ones = torch.ones_like(ids)
+        counts = ones.new_zeros(self._experts.num_experts + 1).scatter_add_(0, ids, ones)
+        return counts[1:].view(self._num_ranks, self._num_local)

@@ -1,0 +1,131 @@
+"""Every back end against `flat`: the same rows bit by bit, sums to their rounding, forward and backward.
+
+`flat` itself equals one process (test_flat). All comparisons happen inside the ranks; many routings share one start.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
+from parallel.expert.collective import CollectiveDispatcher, Wires
+from parallel.expert.flat import FlatDispatcher
+from tests.distributed import run_distributed
+from tests.parallel.expert.routings import EXPERTS, FIXED, Case, Routing, expert, nodes_reached, random_case, routing
+
+BF16_ROUNDING = 2.0**-8  # half the spacing of numbers with 8 significant bits, over the number
+FP32_SUM = 2e-6  # of a dozen terms, relative to the sum of their absolute values
+TIMEOUT = timedelta(seconds=100)
+
+
+def run(dispatcher: TokenDispatcher, given: Routing, first_expert: int) -> dict[str, Any]:
+    """Forward and backward through one layer of experts."""
+    x, weights = given.x.clone().requires_grad_(), given.weights.clone().requires_grad_()
+    sent = dispatch_tokens(dispatcher, x, given.ids, weights)
+    owners = torch.arange(len(sent.counts)).repeat_interleave(torch.tensor(sent.counts)) + first_expert
+    results = expert(sent.rows_RD, sent.weights_R, owners)
+    results.retain_grad()
+    out = combine_rows(dispatcher, results, sent.handle)
+    out.backward(given.grad)
+    return {
+        "rows": sent.rows_RD.detach(), "weights": sent.weights_R.detach(), "counts": sent.counts,
+        "grad_results": results.grad, "grad_weights": weights.grad, "out": out.detach(), "grad_x": x.grad,
+    }  # fmt: skip
+
+
+def grad_of_copies(given: Routing) -> Tensor:
+    """What each expert gives back for its copy of a token: [T, K, D], zero where a slot is unused."""
+    k = given.ids.shape[1]
+    x = given.x[:, None].expand(-1, k, -1).clone().requires_grad_()
+    expert(x, given.weights, given.ids).backward(given.grad[:, None].expand(-1, k, -1))
+    assert x.grad is not None
+    return x.grad * (given.ids >= 0)[..., None]
+
+
+def bound(copies_TKD: Tensor, ids: Tensor, *, nodes: int, ranks: int, wire: str) -> tuple[Tensor, Tensor]:
+    """The exact sum of a token's copies [T, D] and how far from it rounding may take the result."""
+    copies = copies_TKD.double() * (ids >= 0)[..., None]
+    exact, size = copies.sum(1), copies.abs().sum(1)
+    error = FP32_SUM * size
+    if copies_TKD.dtype == torch.bfloat16:
+        error = error + BF16_ROUNDING * exact.abs()
+    if copies_TKD.dtype == torch.bfloat16 and wire != "fp32":  # each partial sum is rounded where it travels
+        for parts in (nodes, ranks):
+            part_TK = torch.where(ids >= 0, ids * parts // EXPERTS, -1)
+            for part in range(parts):
+                partial = (copies * (part_TK == part)[..., None]).sum(1)
+                error = error + 1.02 * BF16_ROUNDING * partial.abs()
+    return exact, error
+
+
+def compare(dispatcher: Any, flat: Any, case: Case, *, nodes: int, wire: str) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    given, first = routing(case, rank), rank * EXPERTS // size
+    got, expected = run(dispatcher, given, first), run(flat, given, first)
+    assert got["counts"] == expected["counts"], (case, got["counts"], expected["counts"])
+    for key in ("rows", "weights", "grad_results", "grad_weights"):
+        assert got[key].dtype == expected[key].dtype
+        assert torch.equal(got[key], expected[key]), (case, key)
+    copies = expert(given.x[:, None], given.weights, given.ids).detach()
+    for key, terms in (("out", copies), ("grad_x", grad_of_copies(given))):
+        exact, error = bound(terms, given.ids, nodes=nodes, ranks=size, wire=wire)
+        assert got[key].dtype == case.dtype
+        assert ((got[key].double() - exact).abs() <= error).all(), (case, key)
+    again = run(dispatcher, given, first)
+    assert all(torch.equal(again[key], got[key]) for key in ("rows", "out", "grad_x")), (case, "not deterministic")
+
+
+def minimum(cases: list[Case], *, rank: int, size: int, nodes: int) -> int:
+    """Tokens that a rank must send to other nodes: one for every node that a token reaches."""
+    mine = rank * nodes // size
+    reached = [nodes_reached(routing(case, rank).ids, nodes) for case in cases]
+    return sum(int(marks.sum() - marks[:, mine].sum()) for marks in reached)
+
+
+def one_rank(ranks_per_node: list[int], wires: list[str], cases: list[Case]) -> None:
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    world = dist.group.WORLD
+    assert world is not None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    flat = FlatDispatcher(world, EXPERTS)
+    for per_node in ranks_per_node:
+        for wire in wires:
+            nodes = size // per_node
+            chosen = Wires(combine=wire)
+            tested = CollectiveDispatcher(world, EXPERTS, ranks_per_node=per_node, wires=chosen, timeout=TIMEOUT)
+            for case in cases:
+                compare(tested, flat, case, nodes=nodes, wire=wire)
+            least = minimum(cases, rank=rank, size=size, nodes=nodes)
+            # Each case runs twice, forward and backward: two dispatches and two combines a run.
+            assert tested.traffic.dispatch_rail.tokens == 4 * least
+            sums = torch.tensor([tested.traffic.combine_rail.tokens, 4 * least])
+            dist.all_reduce(sums)
+            assert sums[0] == sums[1]  # what came back is what had gone out
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_collective_equals_flat(size: int) -> None:
+    per_node = [n for n in (1, 2, 4) if n <= size]
+    run_distributed(size, one_rank, per_node, ["model"], list(FIXED.values()))
+
+
+def test_200_random_routings() -> None:
+    run_distributed(4, one_rank, [2], ["model"], [random_case(seed) for seed in range(200)])
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+def test_partial_sums_on_the_wire(wire: str) -> None:
+    cases = [case for case in FIXED.values() if case.dtype == torch.bfloat16]
+    run_distributed(4, one_rank, [2], [wire], [*cases, Case((33, 20), dtype=torch.bfloat16, top_k=8)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "per_node"), [(8, [1, 2, 4, 8]), (16, [2, 4, 8])])
+def test_many_processes(size: int, per_node: list[int]) -> None:
+    run_distributed(size, one_rank, per_node, ["model"], [*FIXED.values(), *map(random_case, range(30))])
