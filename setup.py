@@ -33,7 +33,8 @@ setup(
     ],
     extras_require={
         # NVIDIA's apex is not on a package registry (the `apex` there is an unrelated project): build it from source.
-        "gpu": ["transformer-engine[pytorch]>=2.8,<2.21", "wandb>=0.19"],
+        # triton: the version that CUDA torch pins; tests fetch their own copy, of 286 MB, when marked slow.
+        "gpu": ["transformer-engine[pytorch]>=2.8,<2.21", "wandb>=0.19", "triton"],
         "deepspeed": ["deepspeed>=0.19,<0.20", "ninja"],
         "megatron": ["megatron-core>=0.16,<0.20", "psutil"],
         "wandb": ["wandb>=0.19"],
