@@ -21,6 +21,7 @@ from launcher.check_layout import (
     either,
 )
 from launcher.config import ConfigError, RunConfig, draft
+from launcher.schedule_choice import resolved
 from optim.config import Segment
 
 Rule = Callable[[RunConfig], list[str]]
@@ -44,6 +45,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.eps": (lambda x: 0 < x < 1, "between 0 and 1, such as 1e-8"),
     "optim.weight_decay": (lambda x: 0 <= x < math.inf, "0 or more, such as 0.1"),
     "optim.clip_norm": (lambda x: x > 0, "above 0, such as 1.0, or inf for no clipping"),
+    "parallel.all_to_all_over_compute": (lambda x: 0 <= x < math.inf, "0 or more, such as 1.0"),
+    "parallel.memory_gib": (lambda x: 0 < x < math.inf, "above 0, such as 60, or null for no limit"),
     "model.rms_norm_eps": (lambda x: 0 < x < 1, "between 0 and 1, such as 1e-6"),
     "model.rope_theta": (lambda x: 1 < x < math.inf, "above 1, such as 10000"),
     "model.initializer_range": (lambda x: 0 < x < math.inf, "above 0, such as 0.006"),
@@ -82,7 +85,7 @@ def checked(overrides: Sequence[str], *, world_size: int | None = None, with_dat
         errors += [message for message in found if not any(key in message for key in stale)]
     if errors or result.config is None:
         raise ConfigError(errors)
-    return result.config
+    return resolved(result.config)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,7 +113,7 @@ def check_whole_numbers(config: RunConfig) -> list[str]:
 
 def check_real_numbers(config: RunConfig) -> list[str]:
     """Rates, coefficients and epsilons lie in their ranges."""
-    values = [(key, value, *RANGES[key]) for key, value in leaves(config) if key in RANGES]
+    values = [(key, value, *RANGES[key]) for key, value in leaves(config) if key in RANGES and value is not None]
     return [f"{key}={value:g}: use a number {words}" for key, value, is_good, words in values if not is_good(value)]
 
 
@@ -120,6 +123,8 @@ def check_choices(config: RunConfig) -> list[str]:
 
     choices: dict[str, Sequence[str]] = {
         "parallel.schedule": (*SCHEDULES, "auto", "a .csv file"),
+        "parallel.overlap": ("off", "pairs", "all"),
+        "parallel.recompute": ("none", "attend", "layer"),
         "parallel.dispatcher": ("flat",),
         "optim.moments": ("bf16", "fp32"),
         "train.precision": ("bf16", "fp32"),

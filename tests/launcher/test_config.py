@@ -155,7 +155,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ("model.rope_scaling={factor: 40}", "model.rope_scaling.original_max_position_embeddings: missing"),
         ("model.rope_scaling={factr: 40}", "did you mean model.rope_scaling.factor?"),
         ("modle=16b", "modle: no such key; did you mean model?"),
-        ("parallel.quux=1", "no such key; known are parallel.data, parallel.dispatcher"),
+        ("parallel.quux=1", "no such key; known are parallel.all_to_all_over_compute, parallel.data"),
         ("optim.lr.0.value.x=1", "no such key"),
     ],
 )
