@@ -17,12 +17,16 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 / golden ratio, odd
 _SHIFT_SALT = 0xD1B54A32D192ED03  # separates the shift's key from the rounds' keys
 
+_STREAM_SALT = 0xE7037ED1A0B428DB  # separates the streams of one seed
+
 
 class SamplerError(ValueError):
     """The data is too short for one window, or a number is out of range."""
 
+    user_error = True
 
-def _mix(x_N: np.ndarray) -> np.ndarray:
+
+def mix64(x_N: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser on uint64 [N]: every input bit changes every output bit about half the time."""
     x_N = (x_N ^ (x_N >> 30)) * 0xBF58476D1CE4E5B9
     x_N = (x_N ^ (x_N >> 27)) * 0x94D049BB133111EB
@@ -33,11 +37,11 @@ def _feistel(values_N: np.ndarray, keys_N: np.ndarray, *, rows: int, columns: in
     """One pass of the network over [0, rows * columns); each round adds to one half, so it can be undone."""
     left_N, right_N = values_N // columns, values_N % columns
     for number in range(ROUNDS):
-        round_keys_N = _mix(keys_N + ((number + 1) * _GOLDEN & _MASK))
+        round_keys_N = mix64(keys_N + ((number + 1) * _GOLDEN & _MASK))
         if number % 2 == 0:
-            left_N = (left_N + _mix(right_N ^ round_keys_N) % rows) % rows
+            left_N = (left_N + mix64(right_N ^ round_keys_N) % rows) % rows
         else:
-            right_N = (right_N + _mix(left_N ^ round_keys_N) % columns) % columns
+            right_N = (right_N + mix64(left_N ^ round_keys_N) % columns) % columns
     return left_N * columns + right_N
 
 
@@ -66,6 +70,7 @@ class Sampler:
     num_tokens: int
     sequence_length: int
     seed: int = 0
+    stream: int = 0  # sources of one blend must not visit their windows in related orders
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -89,11 +94,12 @@ class Sampler:
         )
         assert not np.any(ids_N < 0), "sample ids start at 0"
         epochs_N, positions_N = np.divmod(ids_N.astype(np.uint64), np.uint64(self.windows_per_epoch))
-        seed_key = _mix(np.array([self.seed & _MASK], dtype=np.uint64) + _GOLDEN)
-        keys_N = _mix(seed_key + (epochs_N + np.uint64(1)) * np.uint64(_GOLDEN))
+        base = (self.seed + self.stream * _STREAM_SALT) & _MASK
+        seed_key = mix64(np.array([base], dtype=np.uint64) + _GOLDEN)
+        keys_N = mix64(seed_key + (epochs_N + np.uint64(1)) * np.uint64(_GOLDEN))
         windows_N = permute(positions_N, size=self.windows_per_epoch, keys_N=keys_N)
         num_shifts = min(self.sequence_length, self.num_tokens - self.windows_per_epoch * self.sequence_length)
-        shifts_N = _mix(keys_N ^ np.uint64(_SHIFT_SALT)) % np.uint64(num_shifts)
+        shifts_N = mix64(keys_N ^ np.uint64(_SHIFT_SALT)) % np.uint64(num_shifts)
         return (shifts_N + windows_N * np.uint64(self.sequence_length)).astype(np.int64)
 
 
