@@ -15,6 +15,7 @@ from optim.adamw import AdamW
 from parallel.apply import Layout, LocalModel, build_local_model
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action
+from parallel.pipeline.chunk import ModelStages
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.schedules import build as build_schedule
 from parallel.pipeline.split import split_layers
@@ -62,9 +63,13 @@ class Run:
 def plan_layout(config: RunConfig) -> Layout:
     """Schedule and stages of the run; pure."""
     schedule = build_schedule(
-        config.parallel.schedule, num_ranks=config.parallel.pipeline, num_microbatches=config.num_microbatches
+        config.parallel.schedule,
+        num_ranks=config.parallel.pipeline,
+        num_microbatches=config.num_microbatches,
+        stages_per_rank=config.parallel.stages_per_rank,
     )
-    stages = split_layers(config.model, schedule.num_stages, config.parallel.layers_per_stage)
+    layers = config.parallel.layers_per_stage
+    stages = split_layers(config.model, schedule.num_stages, layers, placement=schedule.placement)
     return Layout(schedule, stages, has_mtp=config.model.num_nextn_predict_layers > 0)
 
 
@@ -89,8 +94,11 @@ def build(
         [bucket.decay for bucket in zero1.buckets],
         config.optim,
     )
+    overlap = config.parallel.overlap if config.parallel.expert > 1 else "off"  # else nothing is ever in transit
+    stages = ModelStages(model.stages, cut=overlap != "off", recompute=config.parallel.recompute)
     executor = Executor(
-        layout.schedule, mesh, groups, model.stages, dtype=dtype, device=process.device, on_action=on_action
-    )
+        layout.schedule, mesh, groups, stages,
+        dtype=dtype, device=process.device, overlap=overlap, on_action=on_action,
+    )  # fmt: skip
     batches = loader or Loader(config.data)
     return Run(config, process, mesh, groups, layout, model, executor, zero1, optimizer, batches, Progress())

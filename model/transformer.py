@@ -149,13 +149,19 @@ class Transformer(nn.Module):
         hidden_BSD: output of the stage before, None in the first. Gives the hidden state [B, S, D], or the losses
         in the last stage.
         """
-        losses, h_BSD = Losses(), hidden_BSD
+        losses = Losses()
+        h_BSD = self.through(hidden_BSD, batch, losses)
+        return losses.result() if self.is_last else h_BSD
+
+    def through(self, hidden_BSD: Tensor | None, batch: Microbatch, losses: Losses) -> Tensor:
+        """The whole chain, link by link."""
+        h_BSD = hidden_BSD
         for link in self.chain():
             h_BSD = link.enter(h_BSD, batch, losses)
             if link.block is not None:
                 h_BSD = link.block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share)
         assert h_BSD is not None
-        return losses.result() if self.is_last else h_BSD
+        return h_BSD
 
     def chain(self) -> list[Link]:
         """The stage cut in front of each MoE block; dense layers, embedding, head and losses lie between.

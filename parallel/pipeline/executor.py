@@ -1,26 +1,38 @@
-"""The one executor of every schedule: interprets a rank's list of actions over its stages."""
+"""The one executor of every schedule: interprets a rank's work, phase by phase, over its chunks."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from model.transformer import Microbatch, StageLoss, Transformer
-from model.weight_grad import set_sink
+from model.transformer import Microbatch, StageLoss
 from parallel.mesh import Groups, Mesh
-from parallel.pipeline.actions import Action, Message, Schedule, parts
+from parallel.pipeline.actions import Action, Message, Schedule
 from parallel.pipeline.check import check
+from parallel.pipeline.chunk import Chunk, Stages
+from parallel.pipeline.overlap import Placed, Work, halves_of, plan
 from parallel.pipeline.p2p import Mailbox
-from parallel.pipeline.weight_grad import DeferredSink
+from parallel.pipeline.phases import Phase
 
 OnAction = Callable[[Action], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Actions that ran as one, and when: seconds since the step began."""
+
+    actions: tuple[Action, ...]
+    start: float
+    end: float
 
 
 class Executor:
     """Runs training steps of one rank.
 
-    stages: the stages this rank holds, by number. on_action: told each action before it starts. Peak of live stage
-    activations is held to the schedule's own at run time.
+    overlap: see `parallel.pipeline.overlap.plan`. on_action: told each action before it starts. Peak of live stage
+    activations is held to the schedule's own at run time. `measured`: the last step's work in time.
     """
 
     def __init__(
@@ -28,19 +40,20 @@ class Executor:
         schedule: Schedule,
         mesh: Mesh,
         groups: Groups,
-        stages: Mapping[int, Transformer],
+        stages: Stages,
         *,
         dtype: torch.dtype,
         device: torch.device,
+        overlap: str = "off",
         on_action: OnAction = lambda action: None,
     ) -> None:
         self.schedule, self.mesh, self.groups, self.stages = schedule, mesh, groups, stages
         self.dtype, self.device, self.on_action = dtype, device, on_action
         self.peak_allowed = check(schedule).live_activations[mesh.pipeline_rank]
         self.peak_live = 0
-        self.sink = DeferredSink()
-        for stage in stages.values():
-            set_sink(stage, self.sink)
+        self.work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
+        self.halves = halves_of(schedule, overlap)
+        self.measured: list[Measured] = []
 
     def step(self, batch: Callable[[int], Microbatch]) -> dict[int, StageLoss]:
         """One step over all micro-batches; gradients are left in `main_grad`.
@@ -49,12 +62,14 @@ class Executor:
         last stage is here, by number, so nobody has to know in which order they came.
         """
         run = _Step(self, batch)
-        for step in self.schedule.ranks[self.mesh.pipeline_rank]:
-            for action in parts(step):
-                self.on_action(action)
-                run.do(action)
+        self.measured = []
+        began = time.perf_counter()
+        for work in self.work:
+            start = time.perf_counter()
+            run.do(work)
+            self.measured.append(Measured(work.actions, start - began, time.perf_counter() - began))
         run.mailbox.finish()
-        assert not run.graphs and not self.sink.num_waiting, "the schedule left work behind"
+        assert not run.chunks, "the schedule left work behind"
         return run.losses
 
 
@@ -65,14 +80,12 @@ class _Step:
         self.executor, self.batch = executor, batch
         self.losses: dict[int, StageLoss] = {}
         self.batches: dict[int, Microbatch] = {}
-        # (stage, micro-batch) -> input and output of the forward whose backward has not run
-        self.graphs: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self.live = 0
-        hidden = next(iter(executor.stages.values())).config.hidden_size
+        # by stage and micro-batch, from F to the end of B or W
+        self.chunks: dict[tuple[int, int], Chunk] = {}
 
         def shape(message: Message) -> tuple[int, ...]:
             tokens = self.microbatch(message.microbatch).tokens
-            return (tokens.shape[0], tokens.shape[1] - 1, hidden)
+            return (tokens.shape[0], tokens.shape[1] - 1, executor.stages.hidden_size)
 
         self.mailbox = Mailbox(
             executor.schedule, executor.mesh, executor.groups, shape=shape, dtype=executor.dtype, device=executor.device
@@ -83,41 +96,75 @@ class _Step:
             self.batches[number] = self.batch(number)
         return self.batches[number]
 
-    def do(self, action: Action) -> None:
+    def do(self, work: Work) -> None:
+        """Run the phases in their order; a chunk takes its input before its first phase and sends after its last."""
+        phases = work.phases
+        if self._waits_longer_than_it_could_fill(work):
+            phases = tuple(sorted(phases, key=lambda placed: placed.action.kind != "W"))
+        for action in work.actions:
+            self.executor.on_action(action)
+        begun: set[Action] = set()
+        finished: set[Action] = set()
+        # Messages of two ranks match by order alone, so those of a pair leave in the order of the schedule's list.
+        to_send = deque(action for action in work.actions if action.kind != "W")
+        for placed in phases:
+            if placed.action not in begun:
+                begun.add(placed.action)
+                self._begin(placed.action)
+            self.chunks[_key(placed.action)].run(placed.phase)
+            if self._ends(placed):
+                finished.add(placed.action)
+                while to_send and to_send[0] in finished:
+                    self._send(to_send.popleft())
+        for action in work.actions:
+            if action.kind in "BW":
+                del self.chunks[_key(action)]
+
+    def _waits_longer_than_it_could_fill(self, work: Work) -> bool:
+        """Weight gradients joined to an input gradient whose message has not come: they need not wait for it."""
+        if [action.kind for action in work.actions] != ["W", "I"]:
+            return False
+        needed = self.executor.schedule.inputs(work.actions[1])
+        return needed is not None and not self.mailbox.has_come(needed)
+
+    def _last_link(self, action: Action) -> int:
+        return self.executor.stages.num_links(action.stage) - 1
+
+    def _begin(self, action: Action) -> None:
+        executor, key = self.executor, _key(action)
+        needed = executor.schedule.inputs(action)
+        tensor = None if needed is None else self.mailbox.receive(needed)
         if action.kind == "F":
-            self.forward(action)
-        elif action.kind == "W":
-            self.executor.sink.flush(action.stage, action.microbatch)
-            self.live -= 1
-        elif action.kind == "I":
-            with self.executor.sink.deferring(action.stage, action.microbatch):
-                self.backward(action)
+            halves = executor.halves.get(key, 1)
+            chunk = self.chunks[key] = executor.stages.new_chunk(
+                action.stage, self.microbatch(action.microbatch), halves
+            )
+            chunk.begin(tensor)
+            executor.peak_live = max(executor.peak_live, len(self.chunks))
+            assert len(self.chunks) <= executor.peak_allowed, f"{len(self.chunks)} live at {action.describe()}"
+        elif action.kind in "BI":
+            # Uncut, a whole backward computes weight gradients as it goes and frees their inputs soonest.
+            self.chunks[key].begin_backward(tensor, put_off=action.kind == "I" or self._last_link(action) > 0)
+
+    def _ends(self, placed: Placed) -> bool:
+        """Whether the action's message is ready after this phase; a gradient is before its own weight gradients."""
+        kind, last = placed.action.kind, self._last_link(placed.action)
+        if kind == "F":
+            return placed.phase.kind == "end"
+        return kind != "W" and placed.phase == Phase("attend_grad" if last else "end_grad", 0)
+
+    def _send(self, action: Action) -> None:
+        chunk, message = self.chunks[_key(action)], self.executor.schedule.output(action)
+        if action.kind == "F":
+            tensor, chunk.output = chunk.output, None
+            if chunk.loss is not None:
+                self.losses[action.microbatch] = chunk.loss
         else:
-            self.backward(action)
-            self.live -= 1
-
-    def forward(self, action: Action) -> None:
-        schedule, stage = self.executor.schedule, self.executor.stages[action.stage]
-        needed = schedule.inputs(action)
-        hidden = None if needed is None else self.mailbox.receive(needed).requires_grad_()
-        result = stage(hidden, self.microbatch(action.microbatch))
-        if isinstance(result, StageLoss):
-            self.losses[action.microbatch] = StageLoss(result.loss.detach(), result.main, result.mtp)
-            result = result.loss
-        self.graphs[action.stage, action.microbatch] = (hidden, result)
-        message = schedule.output(action)
+            tensor, chunk.input_grad = chunk.input_grad, None
         if message is not None:
-            self.mailbox.send(message, result)
-        self.live += 1
-        self.executor.peak_live = max(self.executor.peak_live, self.live)
-        assert self.live <= self.executor.peak_allowed, f"{self.live} live activations at {action.describe()}"
+            assert tensor is not None
+            self.mailbox.send(message, tensor)
 
-    def backward(self, action: Action) -> None:
-        schedule = self.executor.schedule
-        hidden, result = self.graphs.pop((action.stage, action.microbatch))
-        needed = schedule.inputs(action)
-        torch.autograd.backward(result, None if needed is None else self.mailbox.receive(needed))
-        message = schedule.output(action)
-        if message is not None:
-            assert hidden is not None and hidden.grad is not None
-            self.mailbox.send(message, hidden.grad)
+
+def _key(action: Action) -> tuple[int, int]:
+    return action.stage, action.microbatch

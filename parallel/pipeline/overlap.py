@@ -1,4 +1,4 @@
-"""From a rank's list of actions to the phases it issues: what the executor interprets and the simulator prices. No torch.
+"""From a rank's actions to the phases it issues: what the executor interprets and the simulator prices. No torch.
 
 Three things hide transfers, each switched by `Overlap`: a pair interleaves its two chunks; a chunk without a partner in
 its forward or its backward goes through the layer in two halves; and weight gradients run under the transfers of the

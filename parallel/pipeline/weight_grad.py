@@ -1,4 +1,8 @@
-"""Weight gradients put off to a later W action: the pipeline's implementation of the model's sink."""
+"""Weight gradients put off: the pipeline's implementation of the model's sink.
+
+Whatever layer hands in its gradient as a closure is served alike: plain and grouped linears, embedding and head. A
+module that keeps its own put-off gradient (Transformer Engine's `backward_dw`) hands in that method as the closure.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +12,17 @@ from torch import Tensor
 
 from model.weight_grad import AddGrad, main_grad
 
-Key = tuple[int, int]  # stage, micro-batch
+Contributions = list[tuple[Tensor, AddGrad]]
 
 
 class DeferredSink:
-    """Runs contributions at once, except inside `deferring`, where it queues them until `flush`.
+    """Runs contributions at once, except inside `collecting`, where they go to a list for `run`.
 
-    A queued contribution keeps its inputs alive: that is the memory price of a split backward.
+    A contribution that waits keeps its inputs alive: that is the memory price of a split backward.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[Key, list[tuple[Tensor, AddGrad]]] = {}
-        self._open: list[tuple[Tensor, AddGrad]] | None = None
+        self._open: Contributions | None = None
 
     def put(self, weight: Tensor, add: AddGrad) -> None:
         """See `WeightGradSink`."""
@@ -31,22 +34,20 @@ class DeferredSink:
             self._open.append((weight, add))
 
     @contextmanager
-    def deferring(self, stage: int, microbatch: int) -> Iterator[None]:
-        """Queue what is put here under (stage, microbatch)."""
-        assert self._open is None, "one action at a time"
-        self._open = self._queues.setdefault((stage, microbatch), [])
+    def collecting(self, into: Contributions) -> Iterator[None]:
+        """Append what is put here to `into`, in the order of the backward."""
+        assert self._open is None, "one backward at a time"
+        self._open = into
         try:
             yield
         finally:
             self._open = None
 
+    @staticmethod
     @torch.no_grad()
-    def flush(self, stage: int, microbatch: int) -> None:
-        """The W action: run what was queued, in its order, and free it."""
-        for weight, add in self._queues.pop((stage, microbatch)):
+    def run(contributions: Contributions) -> None:
+        """Run them in their order and free each one's inputs as soon as it is done."""
+        contributions.reverse()
+        while contributions:
+            weight, add = contributions.pop()
             add(main_grad(weight))
-
-    @property
-    def num_waiting(self) -> int:
-        """Input gradients whose weight gradients have not run."""
-        return len(self._queues)

@@ -54,6 +54,8 @@ def config(
     model: ModelConfig = MODEL,
     run_dir: str = "unused",
     clip_norm: float = 0.5,
+    overlap: str = "pairs",
+    recompute: str = "none",
 ) -> RunConfig:
     """A run with FP32 arithmetic and moments, MTP on, a learning rate that changes every step."""
     optim = OptimConfig(
@@ -63,7 +65,10 @@ def config(
         moments="fp32",
         clip_norm=clip_norm,
     )
-    parallel = ParallelConfig(pipeline=pipeline, data=data, expert=expert, schedule=schedule, layers_per_stage=layers)
+    parallel = ParallelConfig(
+        pipeline=pipeline, data=data, expert=expert, schedule=schedule, layers_per_stage=layers, overlap=overlap,
+        recompute=recompute,
+    )  # fmt: skip
     train = TrainConfig(
         steps=STEPS, global_batch_size=microbatches * data, micro_batch_size=1, precision="fp32", device="cpu",
         timeout_seconds=100, threads=1,

@@ -52,13 +52,16 @@ def compare(run_config: RunConfig, ranks: list[list[dict[str, Any]]], plain: Tra
         assert seen == plain.biases[step].keys()
 
 
-def run_case(folder: Path, layout: tuple[int, int, int], schedule: str, layers: Any, mutate: Any = None) -> None:
+def run_case(
+    folder: Path, layout: tuple[int, int, int], schedule: str, layers: Any, mutate: Any = None, **options: Any
+) -> None:
     pipeline, expert, data = layout
     prefix = write_tokens(str(folder / "tokens"))
     exact = schedule == "1f1b" and data == 1
     run_config = config(
         prefix, pipeline=pipeline, expert=expert, data=data, schedule=schedule, layers=layers,
         clip_norm=1e9 if exact else 0.5,  # the norm is summed in another order: exact only while it does not clip
+        **options,
     )  # fmt: skip
     plain = plain_trace(run_config)
     ranks = run_distributed(pipeline * data, parallel_trace, run_config, mutate)
@@ -70,10 +73,17 @@ def test_parallel_equals_one_process(tmp_path: Path, layout: Any, schedule: str,
     run_case(tmp_path, layout, schedule, layers)
 
 
+@pytest.mark.parametrize("overlap", ["off", "pairs", "all"])
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe"])
+def test_overlap_and_recomputation_change_nothing(tmp_path: Path, schedule: str, overlap: str) -> None:
+    recompute = {"off": "none", "pairs": "attend", "all": "layer"}[overlap]
+    run_case(tmp_path, (2, 2, 2), schedule, (2, 4), overlap=overlap, recompute=recompute)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "schedule", "layers"), LARGE)
 def test_sixteen_processes_equal_one(tmp_path: Path, layout: Any, schedule: str, layers: Any) -> None:
-    run_case(tmp_path, layout, schedule, layers)
+    run_case(tmp_path, layout, schedule, layers, overlap="all")
 
 
 def drop_mirror_sum(run: Any) -> None:

@@ -15,6 +15,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action, Pair, Schedule, parts
 from parallel.pipeline.check import check
+from parallel.pipeline.chunk import ModelStages
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.schedules import build as build_schedule
 from tests.distributed import run_distributed
@@ -54,7 +55,13 @@ def one_case(case: str) -> dict[str, Any]:
     stages = {s: stage_of(whole, SPLITS[pipeline][s]) for s in schedule.stages_of(mesh.pipeline_rank)}
     told: list[Action] = []
     executor = Executor(
-        schedule, mesh, groups, stages, dtype=torch.float32, device=torch.device("cpu"), on_action=told.append
+        schedule,
+        mesh,
+        groups,
+        ModelStages(stages),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        on_action=told.append,
     )
     losses = [executor.step(lambda number: batch(mesh.data_rank, number, microbatches)) for _ in range(2)]
     return {

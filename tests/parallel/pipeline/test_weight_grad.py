@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.transformer import Microbatch, StageLoss, Transformer
 from model.weight_grad import set_sink
-from parallel.pipeline.weight_grad import DeferredSink
+from parallel.pipeline.weight_grad import Contributions, DeferredSink
 from tests.model.reference import TINY, build
 
 
@@ -29,50 +29,48 @@ def test_deferred_gradients_equal_immediate_ones_bitwise(dtype: torch.dtype) -> 
         for weight in model.parameters():
             weight.data = weight.data.to(dtype)
     set_sink(split, sink)
+    put_off: dict[int, Contributions] = {1: [], 2: []}
     for seed in (1, 2):
         loss(plain, seed).backward()
-        with sink.deferring(0, seed):
+        with sink.collecting(put_off[seed]):
             loss(split, seed).backward()
     assert not any(grad.any() for grad in gradients(split).values())
     for seed in (1, 2):
-        sink.flush(0, seed)
+        sink.run(put_off[seed])
+    assert not any(put_off.values())
     theirs, ours = gradients(plain), gradients(split)
     for name, grad in theirs.items():
         assert grad.any(), name
         assert torch.equal(ours[name], grad), name
 
 
-def test_outside_deferring_gradients_are_immediate() -> None:
+def test_outside_collecting_gradients_are_immediate() -> None:
     plain, other, sink = build(TINY), build(TINY), DeferredSink()
     set_sink(other, sink)
     loss(plain, 1).backward()
     loss(other, 1).backward()
-    assert sink.num_waiting == 0
     assert all(torch.equal(gradients(other)[name], grad) for name, grad in gradients(plain).items())
 
 
-def test_a_flush_runs_its_own_micro_batch_and_frees_it() -> None:
+def test_contributions_run_in_their_order_and_are_freed() -> None:
     sink, weight, ran = DeferredSink(), torch.zeros(1, requires_grad=True), list[int]()
-    for number in (3, 4):
-        with sink.deferring(1, number):
+    put_off: Contributions = []
+    with sink.collecting(put_off):
+        for number in (3, 4, 5):
             sink.put(weight, lambda acc, number=number: ran.append(number))
-    assert sink.num_waiting == 2 and not ran
-    sink.flush(1, 4)
-    assert sink.num_waiting == 1 and ran == [4]
-    with pytest.raises(KeyError):
-        sink.flush(1, 4)
-    sink.flush(1, 3)
-    assert sink.num_waiting == 0 and ran == [4, 3]
+    assert len(put_off) == 3 and not ran
+    sink.run(put_off)
+    assert not put_off and ran == [3, 4, 5]
 
 
-def test_two_actions_cannot_defer_at_once() -> None:
+def test_two_backwards_cannot_collect_at_once() -> None:
     sink = DeferredSink()
-    with sink.deferring(0, 0), pytest.raises(AssertionError, match="one action at a time"), sink.deferring(0, 1):
+    with sink.collecting([]), pytest.raises(AssertionError, match="one backward at a time"), sink.collecting([]):
         pass
 
 
 def test_a_frozen_weight_is_not_queued() -> None:
-    sink = DeferredSink()
-    with sink.deferring(0, 0):
+    sink, put_off = DeferredSink(), []
+    with sink.collecting(put_off):
         sink.put(torch.zeros(1), lambda acc: pytest.fail("never"))
-    sink.flush(0, 0)
+    assert not put_off

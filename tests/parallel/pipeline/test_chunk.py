@@ -1,0 +1,121 @@
+"""A chunk run phase by phase equals the stage run at once, bitwise; in halves, within rounding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.transformer import Microbatch, StageLoss, Transformer
+from parallel.pipeline.chunk import ModelChunk, ModelStages
+from parallel.pipeline.phases import Phase, backward_program, forward_program
+from tests.model.reference import TINY, build
+
+CONFIG = replace(TINY, aux_loss_alpha=0.01)
+CONFIGS = {
+    "v3": CONFIG,
+    "two_depths": replace(CONFIG, num_nextn_predict_layers=2, mtp_hidden="before_norm"),
+    "no_shared_no_mtp": replace(CONFIG, n_shared_experts=0, num_nextn_predict_layers=0),
+}
+STAGES = {"whole": range(4), "first": range(2), "middle": range(2, 3), "last": range(3, 4), "dense": range(1)}
+
+
+def batch(seed: int = 1) -> Microbatch:
+    generator = torch.Generator().manual_seed(seed)
+    return Microbatch(torch.randint(0, TINY.vocab_size, (2, 12), generator=generator), share=0.5)
+
+
+def stage_of(config: ModelConfig, layers: range) -> Transformer:
+    whole = build(config)
+    stage = Transformer(config, layers=layers)
+    stage.load_state_dict({name: whole.state_dict()[name] for name in stage.state_dict()})
+    return stage
+
+
+def hidden_for(stage: Transformer) -> Tensor | None:
+    generator = torch.Generator().manual_seed(5)
+    return None if stage.is_first else torch.randn(2, 11, TINY.hidden_size, generator=generator)
+
+
+def results(stage: Transformer, outputs: list[Tensor], input_grad: Tensor | None) -> dict[str, Tensor]:
+    found = {f"output {i}": output.detach().clone() for i, output in enumerate(outputs)}
+    found |= {name: weight.main_grad for name, weight in stage.named_parameters()}  # type: ignore[attr-defined]
+    found |= {f"counts {i}": router.counts_E for i, router in stage.routers().items()}
+    found |= {f"balance {i}": router.balance_loss_sum for i, router in stage.routers().items()}
+    return found if input_grad is None else found | {"input": input_grad}
+
+
+def at_once(config: ModelConfig, layers: range) -> dict[str, Tensor]:
+    stage = stage_of(config, layers)
+    hidden = hidden_for(stage)
+    leaf = None if hidden is None else hidden.requires_grad_()
+    out = stage(leaf, batch())
+    if isinstance(out, StageLoss):
+        out.loss.backward()
+        return results(stage, [out.loss, out.main, *out.mtp], None if leaf is None else leaf.grad)
+    out.backward(torch.cos(out.detach()))
+    return results(stage, [out], None if leaf is None else leaf.grad)
+
+
+def by_phases(config: ModelConfig, layers: range, *, halves: int, recompute: str, split: bool) -> dict[str, Tensor]:
+    """split: all weight gradients after everything else."""
+    stage = stage_of(config, layers)
+    stages = ModelStages({0: stage}, cut=True, recompute=recompute)
+    chunk = stages.new_chunk(0, batch(), halves)
+    assert isinstance(chunk, ModelChunk)
+    chunk.begin(hidden_for(stage))
+    for phase in forward_program(stages.num_links(0), halves=halves):
+        chunk.run(phase)
+    grad = None if chunk.output is None else torch.cos(chunk.output)
+    chunk.begin_backward(grad, put_off=True)
+    for phase in backward_program(stages.num_links(0), halves=halves, weights=not split):
+        chunk.run(phase)
+    if split:
+        assert not any(getattr(w, "main_grad", torch.zeros(1)).any() for w in stage.parameters())
+        chunk.run(Phase("weights", 0))
+    outputs = [chunk.output] if chunk.loss is None else [chunk.loss.loss, chunk.loss.main, *chunk.loss.mtp]
+    assert all(output is not None and not output.requires_grad for output in outputs)
+    return results(stage, outputs, chunk.input_grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recompute", ["none", "attend", "layer"])
+@pytest.mark.parametrize("split", [False, True], ids=["B", "I_W"])
+@pytest.mark.parametrize("part", STAGES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_phases_equal_the_stage_bitwise(name: str, part: str, split: bool, recompute: str) -> None:
+    """Outputs, losses, gradients, and the routers' sums, which recomputation must not count twice."""
+    expected = at_once(CONFIGS[name], STAGES[part])
+    found = by_phases(CONFIGS[name], STAGES[part], halves=1, recompute=recompute, split=split)
+    assert found.keys() == expected.keys()
+    different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
+    assert not different
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("part", STAGES)
+def test_halves_equal_the_stage_within_rounding(part: str, recompute: str) -> None:
+    expected = at_once(CONFIG, STAGES[part])
+    found = by_phases(CONFIG, STAGES[part], halves=2, recompute=recompute, split=False)
+    for key, value in expected.items():
+        error, size = (found[key] - value).double().norm(), value.double().norm()
+        assert error <= 2e-6 * size, key
+
+
+def test_recomputation_saves_less_for_the_backward() -> None:
+    saved: dict[str, int] = {}
+    for recompute in ("none", "attend", "layer"):
+        stages = ModelStages({0: stage_of(CONFIG, STAGES["middle"])}, cut=True, recompute=recompute)
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        chunk = stages.new_chunk(0, batch(), 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            chunk.begin(torch.randn(2, 11, TINY.hidden_size))
+            for phase in forward_program(stages.num_links(0)):
+                chunk.run(phase)
+        saved[recompute] = sum(storages.values())
+    assert saved["layer"] == 0 < saved["attend"] < saved["none"]
