@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda import nccl
 
 from model.dispatch import Combined, Dispatched, Permutation, gather_rows, gather_scalars, return_scalars
 from model.fp8.formats import TILE_SIZE, exponents_to_scales
@@ -93,7 +94,7 @@ def find_library() -> Library:
 def nccl_version() -> tuple[int, ...] | None:
     """NCCL's version as torch has it; None in a torch without NCCL."""
     try:
-        return tuple(torch.cuda.nccl.version())
+        return tuple(nccl.version())
     except (AttributeError, ImportError, RuntimeError):
         return None
 

@@ -4,7 +4,7 @@ A token goes once to each rank that holds one of its experts, with ids made loca
 up what each rank returns. Rows arrive by source rank, then token.
 """
 
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOptionalMemberAccess=false
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType

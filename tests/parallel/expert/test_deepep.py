@@ -165,6 +165,11 @@ def test_a_deepep_that_does_not_load_names_nccl(error: Exception, monkeypatch: p
         find_library()
 
 
+def test_nccl_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 31, 2))
+    assert deepep.nccl_version() == (2, 31, 2)
+
+
 def test_versions() -> None:
     assert checked_library(fake_deepep.library(1), nccl=None).generation == 1  # V1 does not use NCCL
     assert checked_library(fake_deepep.library(2), nccl=(2, 31, 0)).generation == 2
