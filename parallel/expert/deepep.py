@@ -94,7 +94,7 @@ def find_library() -> Library:
 def nccl_version() -> tuple[int, ...] | None:
     """NCCL's version as torch has it; None in a torch without NCCL."""
     try:
-        return tuple(nccl.version())
+        return tuple(int(part) for part in nccl.version()[:3])
     except (AttributeError, ImportError, RuntimeError):
         return None
 

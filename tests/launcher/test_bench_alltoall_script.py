@@ -1,4 +1,4 @@
-"""slurm/bench_alltoall.sbatch with stand-ins for srun and the measurement: what it asks for, what survives a failure."""
+"""slurm/bench_alltoall.sbatch with stand-ins for srun and the measurement: what it asks for, what a failure does."""
 
 import json
 import os
