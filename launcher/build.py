@@ -1,7 +1,7 @@
 """The one construction order: mesh, schedule, groups, stages, ZeRO-1, optimizer, data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -81,7 +81,8 @@ def build(
     loader: Batches | None = None,
 ) -> Run:
     """Construct one rank's part of the run, freshly initialised; loader: in place of the configured data."""
-    mesh = Mesh(config.parallel, process.rank)
+    per_node = config.parallel.ranks_per_node or process.local_size
+    mesh = Mesh(replace(config.parallel, ranks_per_node=per_node), process.rank)
     layout = plan_layout(config)
     timeout = timedelta(seconds=config.train.timeout_seconds)
     groups = Groups(mesh, layout.holder_sets(), timeout=timeout)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.check_layout import (
     check_batch,
     check_experts,
+    check_nodes,
     check_schedule,
     check_stages,
     check_world_size,
@@ -23,6 +24,7 @@ from launcher.check_layout import (
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
 from optim.config import Segment
+from parallel.config import COMBINE_WIRES, DISPATCH_WIRES, DISPATCHERS
 
 Rule = Callable[[RunConfig], list[str]]
 
@@ -125,7 +127,10 @@ def check_choices(config: RunConfig) -> list[str]:
         "parallel.schedule": (*SCHEDULES, "auto", "a .csv file"),
         "parallel.overlap": ("off", "pairs", "all"),
         "parallel.recompute": ("none", "attend", "layer"),
-        "parallel.dispatcher": ("flat",),
+        "parallel.dispatcher": DISPATCHERS,
+        "parallel.dispatch_wire": DISPATCH_WIRES,
+        "parallel.dispatch_grad_wire": DISPATCH_WIRES,
+        "parallel.combine_wire": COMBINE_WIRES,
         "optim.moments": ("bf16", "fp32"),
         "train.precision": ("bf16", "fp32"),
         "train.device": ("auto", "cpu", "cuda"),
@@ -304,6 +309,7 @@ RULES: tuple[Rule, ...] = (
     check_layers,
     check_positions,
     check_experts,
+    check_nodes,
     check_batch,
     check_schedule,
     check_stages,

@@ -25,6 +25,32 @@ def check_experts(config: RunConfig) -> list[str]:
     return found
 
 
+def check_nodes(config: RunConfig) -> list[str]:
+    """An expert group is whole nodes or lies inside one, where the dispatcher knows nodes; wires need one that does."""
+    parallel = config.parallel
+    expert, host = parallel.expert, parallel.ranks_per_node
+    wires = ("dispatch_wire", "dispatch_grad_wire", "combine_wire")
+    found = []
+    if parallel.dispatcher != "collective":
+        chosen = [(key, getattr(parallel, key)) for key in wires if getattr(parallel, key) != "model"]
+        found += [
+            f"parallel.{key}={value} needs parallel.dispatcher=collective, not {parallel.dispatcher}"
+            for key, value in chosen
+        ]
+    if parallel.dispatcher == "flat" or host is None or min(expert, host) < 1:
+        return found
+    if expert % host == 0 or host % expert == 0:
+        return found
+    both = [n for n in divisors(expert) if n < host] or [expert]
+    sizes = [n for n in divisors(config.model.n_routed_experts) if parallel.data % n == 0]
+    fits = [n for n in sizes if n % host == 0 or host % n == 0]
+    return [
+        *found,
+        f"parallel.expert={expert} is neither whole nodes of parallel.ranks_per_node={host} nor inside one: use "
+        f"parallel.expert={either(fits)}, or parallel.ranks_per_node={either(both)}",
+    ]
+
+
 def check_batch(config: RunConfig) -> list[str]:
     """The batch of a step splits into whole micro-batches on every data rank."""
     batch, micro, data = config.train.global_batch_size, config.train.micro_batch_size, config.parallel.data

@@ -14,11 +14,12 @@ from launcher.config import TrainConfig
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the run's; device: where its tensors live."""
+    """This process among the run's; device: where its tensors live; local_size: processes on this machine."""
 
     rank: int
     world_size: int
     device: torch.device
+    local_size: int = 1
 
 
 def _device(choice: str, local_rank: int) -> torch.device:
@@ -47,7 +48,7 @@ def process_group(train: TrainConfig) -> Iterator[Process]:
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
-    yield Process(rank, world_size, device)
+    yield Process(rank, world_size, device, local_size)
     dist.destroy_process_group()
 
 

@@ -7,11 +7,10 @@ import torch
 
 from model.config import ModelConfig
 from model.counts import parameter_shapes
-from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.init import initialise
 from model.router import Router
 from model.transformer import Transformer
-from parallel.expert.flat import FlatDispatcher
+from parallel.expert.dispatchers import Tokens, build_dispatcher
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Schedule
 from parallel.zero1 import LocalParameter
@@ -74,9 +73,8 @@ def build_local_model(
 ) -> LocalModel:
     """Build, initialise in FP32 and describe what this rank holds; the same weights whatever the layout."""
     expert_ids = mesh.expert_ids(config.n_routed_experts)
-    dispatcher: TokenDispatcher = LocalDispatcher(config.n_routed_experts)
-    if mesh.config.expert > 1:
-        dispatcher = FlatDispatcher(groups.expert, config.n_routed_experts)
+    tokens = Tokens(config.n_routed_experts, config.num_experts_per_tok, config.hidden_size)
+    dispatcher = build_dispatcher(mesh.config, groups.expert, tokens, timeout=groups.timeout)
     stages: dict[int, Transformer] = {}
     for number in layout.schedule.stages_of(mesh.pipeline_rank):
         with device:

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+DISPATCHERS = ("flat", "collective", "native_host")
+DISPATCH_WIRES = ("model", "bf16", "fp32", "fp8")
+COMBINE_WIRES = ("model", "bf16", "fp32")
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -27,7 +31,14 @@ class ParallelConfig:
     overlap: str = "pairs"  # off | pairs | all
     # Computed again in the backward: none; attend: all of a layer but its experts; layer: the experts too.
     recompute: str = "none"  # none | attend | layer
-    dispatcher: str = "flat"  # flat: one all-to-all, a row for every (token, expert)
+    # flat: one all-to-all, a row for every (token, expert); collective: between nodes, then within the node, each token
+    # once over every link; native_host: the GPU kernel's source on the CPU, all ranks on one machine
+    dispatcher: str = "flat"
+    ranks_per_node: int | None = None  # None: the processes started on each machine
+    # How rows travel, of collective (parallel/expert/wire.py): tokens, gradients on the same way, partial sums back.
+    dispatch_wire: str = "model"  # model | bf16 | fp32 | fp8
+    dispatch_grad_wire: str = "model"  # model | bf16 | fp32 | fp8
+    combine_wire: str = "model"  # model | bf16 | fp32
 
     @property
     def world_size(self) -> int:

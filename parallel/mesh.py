@@ -62,11 +62,11 @@ class Groups:
     """Process groups of one rank, created in the same order by all ranks.
 
     expert: the rank's expert group. down, up: the pipeline, for messages to higher and to lower ranks, so that the two
-    directions of traffic never queue behind each other. world: all ranks.
+    directions of traffic never queue behind each other. world: all ranks. timeout: of every collective.
     """
 
     def __init__(self, mesh: Mesh, holder_sets: Iterable[tuple[int, ...]], *, timeout: timedelta) -> None:
-        self.mesh, self._timeout = mesh, timeout
+        self.mesh, self.timeout = mesh, timeout
         config = mesh.config
         everyone = [Mesh(config, rank) for rank in range(config.world_size)]
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -83,7 +83,7 @@ class Groups:
         mine = None
         for ranks in dict.fromkeys(memberships):
             if again or ranks not in self._groups:
-                group = dist.new_group(list(ranks), timeout=self._timeout)
+                group = dist.new_group(list(ranks), timeout=self.timeout)
                 if not again:
                     self._groups[ranks] = group  # type: ignore[assignment]
             else:

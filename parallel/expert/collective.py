@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.dispatch import Combined, Dispatched
-from parallel.expert.exchange import Exchanged, ExpertGroup
+from model.fp8.formats import QuantisedTensor
+from model.fp8.quantise import Quantiser
+from parallel.expert.exchange import Exchanged, ExpertGroup, Given
 from parallel.expert.fan import Fan
 from parallel.expert.placement import Placement
 from parallel.expert.transfer import Following, Hop, Lane, Parcel, Sent, Traffic, Transfer
-from parallel.expert.wire import WIRES, as_bytes, decode, encode, from_bytes, wire_dtype
+from parallel.expert.wire import QUANTISER, WIRES, as_bytes, decode, encode, from_bytes, wire_dtype
 
 T = TypeVar("T")
 MAX_EXPERTS_PER_NODE = 32767  # ids within a node travel as int16
@@ -96,8 +98,8 @@ class CollectiveDispatcher:
     """`TokenDispatcher` over a process group whose rank i holds the experts [i * E / n, (i + 1) * E / n).
 
     ranks_per_node: neighbouring ranks of the group on one node; must divide the group. All ranks of the group construct
-    it together (four process groups are made) and start their transfers in the same order. Raises PlacementError where
-    experts or ranks do not divide.
+    it together (four process groups are made) and start their transfers in the same order. quantiser: of the fp8 wire;
+    other kernels give the same bits. Raises PlacementError where experts or ranks do not divide.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class CollectiveDispatcher:
         *,
         ranks_per_node: int,
         wires: Wires = Wires(),
+        quantiser: Quantiser = QUANTISER,
         timeout: timedelta = timedelta(minutes=5),
     ) -> None:
         for name, choices in (("dispatch", WIRES), ("gradient", WIRES), ("combine", ("model", "bf16", "fp32"))):
@@ -119,7 +122,7 @@ class CollectiveDispatcher:
         if self._place.experts_per_node > MAX_EXPERTS_PER_NODE:
             raise ValueError(f"{self._place.experts_per_node} experts on a node: at most {MAX_EXPERTS_PER_NODE}")
         self._node, self._index = divmod(self._experts.me, ranks_per_node)
-        self._wires = wires
+        self._wires, self._quantiser = wires, quantiser
         rail = range(self._index, len(self._experts.ranks), ranks_per_node)
         node = range(self._node * ranks_per_node, (self._node + 1) * ranks_per_node)
         # A group each for every stage of both kinds: their collectives then need no common order.
@@ -145,14 +148,18 @@ class CollectiveDispatcher:
 
     def dispatch(
         self,
-        x_TD: Tensor,
+        x_TD: Tensor | QuantisedTensor,
         ids_TK: Tensor | None = None,
         weights_TK: Tensor | None = None,
         *,
         handle: _Handle | None = None,
     ) -> Transfer[Dispatched]:
-        """See `TokenDispatcher`; weights travel in FP32. Errors in the arguments are raised on all ranks alike."""
-        with self._on_stream(x_TD, ids_TK, weights_TK):
+        """See `TokenDispatcher`; weights travel in FP32. Errors in the arguments are raised on all ranks alike.
+
+        x_TD may be quantised already (1 x 128 tiles, one-byte exponents) where the wire is fp8; rows arrive in BF16.
+        """
+        parts = (x_TD.values, x_TD.scales) if isinstance(x_TD, QuantisedTensor) else (x_TD,)
+        with self._on_stream(*parts, ids_TK, weights_TK):
             if handle is not None:
                 return self._dispatch_again(x_TD, handle)
             if ids_TK is None or weights_TK is None:
@@ -168,13 +175,17 @@ class CollectiveDispatcher:
 
     # --- dispatch ----------------------------------------------------------------------------------------------
 
-    def _dispatch_first(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Transfer[Dispatched]:
+    def _dispatch_first(
+        self, x_TD: Tensor | QuantisedTensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Transfer[Dispatched]:
         place, width = self._place, 1 + self._place.ranks_per_node + self._place.experts_per_rank
-        exchanged = self._experts.exchange(x_TD, ids_TK, weights_TK, width=width, table=self._table)
-        plan, top_k, dtype = self._plan(exchanged), ids_TK.shape[1], x_TD.dtype
+        values, dtype = (x_TD, x_TD.dtype) if isinstance(x_TD, Tensor) else (x_TD.values, torch.bfloat16)
+        given = Given(values, dtype, ids_TK, weights_TK)
+        exchanged = self._experts.exchange(given, width=width, table=self._table)
+        plan, top_k = self._plan(exchanged), ids_TK.shape[1]
         to_nodes = Fan.by_column(self._spread(ids_TK, place.num_nodes), sum(plan.rail.sent))
         meta = self._meta(ids_TK, weights_TK, to_nodes, plan)
-        tokens = encode(x_TD, self._wires.dispatch)
+        tokens = encode(x_TD, self._wires.dispatch, self._quantiser)
         parcel = _with(tokens.gather(to_nodes.source_C), meta)
         first = self._dispatch_rail.start(parcel, plan.rail.sent, plan.rail.received)
         kept: list[Fan] = []
@@ -191,17 +202,19 @@ class CollectiveDispatcher:
             to_experts = Fan(slot_R // max(top_k, 1), len(ids_MK))
             weights_R = weights_MK.flatten()[slot_R].to(weights_TK.dtype)
             made = self._keep(_Handle(plan, to_nodes, kept[0], to_experts, slot_R, top_k, weights_R))
-            plain = decode(_without(arrived, top_k), self._wires.dispatch, dtype)
+            plain = decode(_without(arrived, top_k), self._wires.dispatch, dtype, self._quantiser)
             return Dispatched(plain.index_select(0, to_experts.source_C), weights_R, plan.counts, made)
 
         following = self._dispatches.follow(first, self._dispatch_rail, forward)
         return self._transfer(f"dispatch {self._experts.number}", following, finish, hop=self._dispatch_node)
 
-    def _dispatch_again(self, x_TD: Tensor, handle: _Handle) -> Transfer[Dispatched]:
-        if len(x_TD) != handle.to_nodes.num_items:
-            raise ValueError(f"x_TD has {len(x_TD)} tokens: the handle is of a dispatch of {handle.to_nodes.num_items}")
+    def _dispatch_again(self, x_TD: Tensor | QuantisedTensor, handle: _Handle) -> Transfer[Dispatched]:
+        values, dtype = (x_TD, x_TD.dtype) if isinstance(x_TD, Tensor) else (x_TD.values, torch.bfloat16)
+        if len(values) != handle.to_nodes.num_items:
+            expected = handle.to_nodes.num_items
+            raise ValueError(f"x_TD has {len(values)} tokens: the handle is of a dispatch of {expected}")
         plan, wire = handle.plan, self._wires.gradient
-        parcel = encode(x_TD, wire).gather(handle.to_nodes.source_C)
+        parcel = encode(x_TD, wire, self._quantiser).gather(handle.to_nodes.source_C)
         first = self._dispatch_rail.start(parcel, plan.rail.sent, plan.rail.received)
 
         def forward(arrived: Parcel) -> Sent:
@@ -209,7 +222,8 @@ class CollectiveDispatcher:
             return self._dispatch_node.start(copies, plan.node.sent, plan.node.received)
 
         def finish(arrived: Parcel) -> Dispatched:
-            rows_RD = decode(arrived, wire, x_TD.dtype).index_select(0, handle.to_experts.source_C)
+            plain = decode(arrived, wire, dtype, self._quantiser)
+            rows_RD = plain.index_select(0, handle.to_experts.source_C)
             return Dispatched(rows_RD, handle.weights_R, plan.counts, handle)
 
         following = self._dispatches.follow(first, self._dispatch_rail, forward)

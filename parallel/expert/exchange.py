@@ -58,25 +58,31 @@ class Exchanged:
     from_RC: Tensor
 
 
-def describe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, number: int, wire: int) -> Header:
-    """The header of a dispatch, with the first thing wrong in its arguments, if any; no host sync.
+@dataclass(frozen=True)
+class Given:
+    """The arguments of a dispatch. values_TD: x, or its FP8 values; dtype: of the rows that will arrive."""
 
-    lowest and highest are 0: they are read on the device, see `exchange`.
-    """
-    checks = (
-        (x_TD.ndim != 2, x_TD.ndim, 0),
-        (x_TD.dtype not in DTYPES, 0, 0),
-        (ids_TK.ndim != 2, ids_TK.ndim, 0),
-        (len(ids_TK) != len(x_TD), len(ids_TK), len(x_TD)),
-        (ids_TK.is_floating_point() or ids_TK.is_complex() or ids_TK.dtype == torch.bool, 0, 0),
-        (weights_TK.shape != ids_TK.shape, weights_TK.numel(), ids_TK.numel()),
-        (ids_TK.shape[-1] > MAX_TOP_K, ids_TK.shape[-1], MAX_TOP_K),
-    )
-    problem, value, limit = next(((i, v, n) for i, (bad, v, n) in enumerate(checks, 1) if bad), (0, 0, 0))
-    if problem:
-        return Header(problem, value, limit, -1, -1, number, 0, 0, 0, wire)
-    dtype = DTYPES.index(x_TD.dtype)
-    return Header(0, 0, 0, 0, 0, number, x_TD.shape[1], dtype, ids_TK.shape[1], wire)
+    values_TD: Tensor
+    dtype: torch.dtype
+    ids_TK: Tensor
+    weights_TK: Tensor
+
+    def header(self, *, number: int, wire: int) -> Header:
+        """With the first thing wrong, if any; no host sync: lowest and highest are 0, the device fills them in."""
+        x, ids, weights = self.values_TD, self.ids_TK, self.weights_TK
+        checks = (
+            (x.ndim != 2, x.ndim, 0),
+            (self.dtype not in DTYPES, 0, 0),
+            (ids.ndim != 2, ids.ndim, 0),
+            (len(ids) != len(x), len(ids), len(x)),
+            (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool, 0, 0),
+            (weights.shape != ids.shape, weights.numel(), ids.numel()),
+            (ids.shape[-1] > MAX_TOP_K, ids.shape[-1], MAX_TOP_K),
+        )
+        problem, value, limit = next(((i, v, n) for i, (bad, v, n) in enumerate(checks, 1) if bad), (0, 0, 0))
+        if problem:
+            return Header(problem, value, limit, -1, -1, number, 0, 0, 0, wire)
+        return Header(0, 0, 0, 0, 0, number, x.shape[1], DTYPES.index(self.dtype), ids.shape[1], wire)
 
 
 class ExpertGroup:
@@ -91,16 +97,14 @@ class ExpertGroup:
         self.roll_call = RollCall(group, grace_seconds=min(5.0, timeout.total_seconds() / 4))
         self.number = 0
 
-    def exchange(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, width: int, table: Callable[[Tensor], Tensor]
-    ) -> Exchanged:
+    def exchange(self, given: Given, *, width: int, table: Callable[[Tensor], Tensor]) -> Exchanged:
         """Tell rank r row r of table(ids) [R, width], int64, and hear the same from it; one copy to the host.
 
         Raises ExpertError, on every rank alike, for the first rank whose header is not as it should be.
         """
         self.number += 1
-        header = describe(x_TD, ids_TK, weights_TK, number=self.number, wire=self._wire)
-        words = torch.tensor(astuple(header), device=x_TD.device)
+        header, ids_TK = given.header(number=self.number, wire=self._wire), given.ids_TK
+        words = torch.tensor(astuple(header), device=given.values_TD.device)
         if header.problem:
             table_RC = words.new_zeros(len(self.ranks), width)
         else:

@@ -22,7 +22,7 @@ from model.dispatch import (
     return_scalars,
     sum_rows,
 )
-from parallel.expert.exchange import ExpertGroup
+from parallel.expert.exchange import ExpertGroup, Given
 from parallel.expert.transfer import Begun, Hop, Parcel, Traffic, Transfer
 from parallel.expert.wire import as_bytes, from_bytes
 
@@ -114,7 +114,8 @@ class FlatDispatcher:
         return Transfer(name, Begun(sent), self._hop, finish, self._experts.roll_call)
 
     def _route(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> _Handle:
-        exchanged = self._experts.exchange(x_TD, ids_TK, weights_TK, width=self._num_local, table=self._counts)
+        given = Given(x_TD, x_TD.dtype, ids_TK, weights_TK)
+        exchanged = self._experts.exchange(given, width=self._num_local, table=self._counts)
         permutation = Permutation.by_expert(ids_TK, self._experts.num_experts)
         from_RE = exchanged.from_RC
         arrival_expert = torch.arange(self._num_local).repeat(self._num_ranks).repeat_interleave(from_RE.flatten())

@@ -3,6 +3,7 @@
 `flat` itself equals one process (test_flat). All comparisons happen inside the ranks; many routings share one start.
 """
 
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
 from parallel.expert.collective import CollectiveDispatcher, Wires
 from parallel.expert.flat import FlatDispatcher
+from parallel.expert.wire import decode, encode
 from tests.distributed import run_distributed
 from tests.parallel.expert.routings import EXPERTS, FIXED, Case, Routing, expert, nodes_reached, random_case, routing
 
@@ -53,7 +55,9 @@ def bound(copies_TKD: Tensor, ids: Tensor, *, nodes: int, ranks: int, wire: str)
     error = FP32_SUM * size
     if copies_TKD.dtype == torch.bfloat16:
         error = error + BF16_ROUNDING * exact.abs()
-    if copies_TKD.dtype == torch.bfloat16 and wire != "fp32":  # each partial sum is rounded where it travels
+    if wire == "bf16" or (
+        copies_TKD.dtype == torch.bfloat16 and wire == "model"
+    ):  # each partial sum is rounded where it travels
         for parts in (nodes, ranks):
             part_TK = torch.where(ids >= 0, ids * parts // EXPERTS, -1)
             for part in range(parts):
@@ -62,70 +66,94 @@ def bound(copies_TKD: Tensor, ids: Tensor, *, nodes: int, ranks: int, wire: str)
     return exact, error
 
 
-def compare(dispatcher: Any, flat: Any, case: Case, *, nodes: int, wire: str) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """A node shape, forms on the wire, and what to send."""
+
+    ranks_per_node: int
+    wires: Wires
+    cases: tuple[Case, ...]
+
+
+def through(x: Tensor, wire: str) -> Tensor:
+    """What the wire makes of a row."""
+    return decode(encode(x, wire), wire, x.dtype)
+
+
+def compare(dispatcher: Any, flat: Any, case: Case, *, nodes: int, wires: Wires) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     given, first = routing(case, rank), rank * EXPERTS // size
-    got, expected = run(dispatcher, given, first), run(flat, given, first)
+    rounded = replace(given, x=through(given.x, wires.dispatch), grad=through(given.grad, wires.gradient))
+    got, expected = run(dispatcher, given, first), run(flat, rounded, first)
     assert got["counts"] == expected["counts"], (case, got["counts"], expected["counts"])
     for key in ("rows", "weights", "grad_results", "grad_weights"):
         assert got[key].dtype == expected[key].dtype
         assert torch.equal(got[key], expected[key]), (case, key)
-    copies = expert(given.x[:, None], given.weights, given.ids).detach()
-    for key, terms in (("out", copies), ("grad_x", grad_of_copies(given))):
-        exact, error = bound(terms, given.ids, nodes=nodes, ranks=size, wire=wire)
+    copies = expert(rounded.x[:, None], given.weights, given.ids).detach()
+    for key, terms in (("out", copies), ("grad_x", grad_of_copies(rounded))):
+        exact, error = bound(terms, given.ids, nodes=nodes, ranks=size, wire=wires.combine)
         assert got[key].dtype == case.dtype
         assert ((got[key].double() - exact).abs() <= error).all(), (case, key)
     again = run(dispatcher, given, first)
     assert all(torch.equal(again[key], got[key]) for key in ("rows", "out", "grad_x")), (case, "not deterministic")
 
 
-def minimum(cases: list[Case], *, rank: int, size: int, nodes: int) -> int:
+def minimum(cases: tuple[Case, ...], *, rank: int, size: int, nodes: int) -> int:
     """Tokens that a rank must send to other nodes: one for every node that a token reaches."""
     mine = rank * nodes // size
     reached = [nodes_reached(routing(case, rank).ids, nodes) for case in cases]
     return sum(int(marks.sum() - marks[:, mine].sum()) for marks in reached)
 
 
-def one_rank(ranks_per_node: list[int], wires: list[str], cases: list[Case]) -> None:
+def one_rank(plans: list[Plan]) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     world = dist.group.WORLD
     assert world is not None
     rank, size = dist.get_rank(), dist.get_world_size()
     flat = FlatDispatcher(world, EXPERTS)
-    for per_node in ranks_per_node:
-        for wire in wires:
-            nodes = size // per_node
-            chosen = Wires(combine=wire)
-            tested = CollectiveDispatcher(world, EXPERTS, ranks_per_node=per_node, wires=chosen, timeout=TIMEOUT)
-            for case in cases:
-                compare(tested, flat, case, nodes=nodes, wire=wire)
-            least = minimum(cases, rank=rank, size=size, nodes=nodes)
-            # Each case runs twice, forward and backward: two dispatches and two combines a run.
-            assert tested.traffic.dispatch_rail.tokens == 4 * least
-            sums = torch.tensor([tested.traffic.combine_rail.tokens, 4 * least])
-            dist.all_reduce(sums)
-            assert sums[0] == sums[1]  # what came back is what had gone out
+    for plan in plans:
+        nodes = size // plan.ranks_per_node
+        tested = CollectiveDispatcher(
+            world, EXPERTS, ranks_per_node=plan.ranks_per_node, wires=plan.wires, timeout=TIMEOUT
+        )
+        for case in plan.cases:
+            compare(tested, flat, case, nodes=nodes, wires=plan.wires)
+        least = minimum(plan.cases, rank=rank, size=size, nodes=nodes)
+        # Each case runs twice, forward and backward: two dispatches and two combines a run.
+        assert tested.traffic.dispatch_rail.tokens == 4 * least
+        sums = torch.tensor([tested.traffic.combine_rail.tokens, 4 * least])
+        dist.all_reduce(sums)
+        assert sums[0] == sums[1]  # what came back is what had gone out
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_collective_equals_flat(size: int) -> None:
-    per_node = [n for n in (1, 2, 4) if n <= size]
-    run_distributed(size, one_rank, per_node, ["model"], list(FIXED.values()))
+FIXED_CASES = tuple(FIXED.values())
+BF16_CASES = (
+    *(case for case in FIXED_CASES if case.dtype == torch.bfloat16),
+    Case((33, 20), dtype=torch.bfloat16, top_k=8, hidden=300),
+    Case((33, 20), "few_groups", dtype=torch.bfloat16, top_k=8),
+)
+
+
+def test_two_processes() -> None:
+    run_distributed(2, one_rank, [Plan(1, Wires(), FIXED_CASES), Plan(2, Wires("fp8", "fp8"), FIXED_CASES)])
+
+
+def test_four_processes_every_node_shape_and_wire() -> None:
+    shapes = [Plan(per_node, Wires(), FIXED_CASES) for per_node in (1, 2, 4)]
+    chosen = [Wires("fp8", "fp8"), Wires("fp8", "bf16", "bf16"), Wires("bf16", "fp8", "fp32")]
+    wires = [Plan(2, wire, (*BF16_CASES, FIXED["uneven"])) for wire in chosen]
+    run_distributed(4, one_rank, [*shapes, *wires])
 
 
 def test_200_random_routings() -> None:
-    run_distributed(4, one_rank, [2], ["model"], [random_case(seed) for seed in range(200)])
-
-
-@pytest.mark.parametrize("wire", ["bf16", "fp32"])
-def test_partial_sums_on_the_wire(wire: str) -> None:
-    cases = [case for case in FIXED.values() if case.dtype == torch.bfloat16]
-    run_distributed(4, one_rank, [2], [wire], [*cases, Case((33, 20), dtype=torch.bfloat16, top_k=8)])
+    run_distributed(4, one_rank, [Plan(2, Wires(), tuple(random_case(seed) for seed in range(200)))])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "per_node"), [(8, [1, 2, 4, 8]), (16, [2, 4, 8])])
 def test_many_processes(size: int, per_node: list[int]) -> None:
-    run_distributed(size, one_rank, per_node, ["model"], [*FIXED.values(), *map(random_case, range(30))])
+    cases = (*FIXED_CASES, *map(random_case, range(30)))
+    plans = [Plan(ranks, Wires(), cases) for ranks in per_node]
+    run_distributed(size, one_rank, [*plans, Plan(per_node[1], Wires("fp8", "fp8"), BF16_CASES)])
