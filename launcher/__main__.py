@@ -120,6 +120,10 @@ def _demo(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
+    if argv[:1] == ["data"]:
+        from launcher.bench_data import bench_data
+
+        return bench_data(argv[1:])
     from launcher.bench import bench
 
     return bench(argv)
@@ -160,6 +164,12 @@ def _generate(argv: list[str]) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
+
+
+def _schedule(argv: list[str]) -> int:
+    from launcher.schedule_command import schedule_command
+
+    return schedule_command(argv)
 
 
 def _doctor(argv: list[str]) -> int:
@@ -203,7 +213,8 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command("turn JSON lines, parquet or text into token files", _prepare),
     "score": Command("loss of given token sequences under a checkpoint", _score),
     "generate": Command("continue a prompt", _generate),
-    "bench": Command("measure speed: bench step --json [OVERRIDES]", _bench),
+    "bench": Command("measure speed: bench step|data --json [OVERRIDES]", _bench),
+    "schedule": Command("check, simulate and draw a pipeline schedule; schedule auto says why", _schedule),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
     "placement": Command("plan copies of the busiest experts from a run's logged load", _placement),
     "checkpoint": Command("import-hf SRC DST | export-hf SRC DST: published names and layout", _checkpoint),
