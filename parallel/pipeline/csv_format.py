@@ -89,7 +89,7 @@ def _parse(rows: list[list[str]], name: str) -> tuple[tuple[tuple[Step, ...], ..
             text, cell = raw.strip(), _Cell(rank, column)
             if not text:
                 continue
-            step = _step(text)
+            step = parse_step(text)
             if step is None and _COMMUNICATION.fullmatch(text):
                 _complain(name, [f'{cell}: {text!r} is communication: let torch write it with format="compute_only"'])
             if step is None:
@@ -107,7 +107,8 @@ def _parse(rows: list[list[str]], name: str) -> tuple[tuple[tuple[Step, ...], ..
     return tuple(ranks), cells
 
 
-def _step(text: str) -> Step | None:
+def parse_step(text: str) -> Step | None:
+    """The action or pair that a cell holds; None if it holds neither."""
     found = _ACTION.fullmatch(text)
     if found:
         return Action(found[2], int(found[1]), int(found[3]))

@@ -38,7 +38,7 @@ def build(name: str, *, num_ranks: int, num_microbatches: int, stages_per_rank: 
     """
     per_rank = validate(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank)
     if is_file(name):
-        return _from_file(name)
+        return load(name)
     extra = {"stages_per_rank": per_rank} if name == "interleaved" else {}
     return _BUILDERS[name](num_ranks=num_ranks, num_microbatches=num_microbatches, **extra)
 
@@ -63,7 +63,7 @@ def validate(name: str, *, num_ranks: int, num_microbatches: int, stages_per_ran
 def stages_per_rank_of(name: str, wanted: int | None = None) -> int:
     """Stages of a rank that one micro-batch visits; ScheduleError where `wanted` cannot be had."""
     if is_file(name):
-        schedule = _from_file(name)
+        schedule = load(name)
         return schedule.num_stages // schedule.num_ranks
     if name == "interleaved":
         if wanted is not None and wanted < 1:
@@ -81,7 +81,8 @@ def is_file(name: str) -> bool:
     return name.endswith(".csv")
 
 
-def _from_file(name: str) -> Schedule:
+def load(name: str) -> Schedule:
+    """The schedule of a file, whatever its shape."""
     try:
         text = Path(name).read_text()
     except OSError as error:
@@ -90,7 +91,7 @@ def _from_file(name: str) -> Schedule:
 
 
 def _validate_file(name: str, num_ranks: int, num_microbatches: int) -> int:
-    schedule = _from_file(name)
+    schedule = load(name)
     has, wanted = (schedule.num_ranks, schedule.num_microbatches), (num_ranks, num_microbatches)
     if has != wanted:
         raise ScheduleError(
