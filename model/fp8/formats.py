@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -66,6 +67,12 @@ class Rows:
         """Rows of each block."""
         return [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
 
+    @property
+    def block_of_row(self) -> Tensor:
+        """The block of each row, int64."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.arange(self.num_blocks).repeat_interleave(lengths)
+
 
 def num_strips(num_columns: int) -> int:
     """Strips of 128 columns, the last maybe narrower."""
@@ -92,7 +99,7 @@ def spread(scales: Tensor, tile: Tile, rows: Rows, num_columns: int) -> Tensor:
     if tile is not Tile.COLUMN:
         scales = scales.repeat_interleave(TILE_SIZE, dim=1)[:, :num_columns]
     if tile is not Tile.ROW:
-        scales = scales.repeat_interleave(torch.tensor(rows.lengths, dtype=torch.int64), dim=0)
+        scales = scales[rows.block_of_row]
     return scales
 
 
@@ -124,6 +131,16 @@ class QuantisedTensor:
     def num_bytes(self) -> int:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
+
+    def groups(self) -> Iterator[QuantisedTensor]:
+        """Every group's rows as a tensor of its own."""
+        row = block = 0
+        for count in self.rows.counts:
+            rows, columns = Rows.of((count,)), self.values.shape[1]
+            start, length = (row, count) if self.tile is Tile.ROW else (block, rows.num_blocks)
+            scales = self.scales[start : start + length]
+            yield QuantisedTensor(self.values[row : row + count], scales, self.tile, rows, (count, columns))
+            row, block = row + count, block + rows.num_blocks
 
     def dequantise(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Values times scales, computed in FP32 and rounded to `dtype`, in the original shape.

@@ -1,0 +1,206 @@
+"""Linear layers in FP8: forward, input gradient and weight gradient from operands rounded in blocks.
+
+Kept for backward: the input in E4M3 (one byte a number and one a tile), in E5M6 where the layer follows attention, and
+nothing in BF16. The weight gradient's 128x1 tiles are made from that when the closure runs, the gradient's from BF16.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.fp8.e5m6 import E5M6Kernels, E5M6Tensor, TorchE5M6, dequantise_e5m6, quantise_e5m6
+from model.fp8.formats import AMAX_FLOOR, QuantisedTensor, Rows, Scales, Tile
+from model.fp8.gemm import ExactProducts, FastProducts, Products
+from model.fp8.native import NativeKernels
+from model.fp8.quantise import Kernels, Quantiser, TorchKernels
+from model.weight_grad import WeightGradSink
+
+
+class InputCache(Enum):
+    """In which form a layer keeps its input for the weight gradient.
+
+    FP8: the 1x128 tiles of forward, requantised to 128x1 in backward (the report's way). WIDE: 128x1 tiles made in
+    forward from the wide input (Transformer Engine's way): a second pass then, no second rounding with any scales.
+    E5M6: twelve bits, for the linear after attention.
+    """
+
+    FP8 = "fp8"
+    WIDE = "wide"
+    E5M6 = "e5m6"
+
+
+@dataclass(frozen=True)
+class FP8Recipe:
+    """How the linears of a model compute in FP8.
+
+    scales: of every tile. exact: the oracle's products in place of the fast ones. native: compiled quantisers in place
+    of plain torch (the same bits). weights_per_step: keep a weight's rounded form until `weights_changed` is called;
+    otherwise it is made anew in every forward and backward. amax_floor: of inputs and weights; gradient_amax_floor: of
+    gradients, which are small (0: a zero tile has scale 1).
+    """
+
+    scales: Scales = Scales.POWER_OF_TWO
+    input_cache: InputCache = InputCache.FP8
+    exact: bool = False
+    native: bool = True
+    weights_per_step: bool = True
+    amax_floor: float = AMAX_FLOOR
+    gradient_amax_floor: float = AMAX_FLOOR
+
+
+class StaleWeight(RuntimeError):
+    """A weight changed and its rounded form, kept for the step, did not."""
+
+
+# So many numbers of a weight, evenly spread, are compared with those of the time when it was rounded.
+SAMPLED = 4096
+
+
+class RoundedWeight:
+    """One weight's rounded form, kept from one optimiser step to the next.
+
+    Memory: BF16, two bytes a weight (fast form), or E4M3, one byte (exact form). A weight that is a view of a flat
+    buffer does not count its changes, so whoever updates weights must call `weights_changed`; forgetting it is noticed
+    by a sample of the numbers, and raises StaleWeight.
+    """
+
+    def __init__(self) -> None:
+        self._rounded: Any = None
+        self._sample: Tensor | None = None
+
+    def get(self, weight: Tensor, quantiser: Quantiser, products: Products[Any]) -> Any:
+        """The rounded form, made if there is none."""
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED)]
+        if self._rounded is None:
+            self._rounded, self._sample = round_weight(weight, quantiser, products), sample.clone()
+        elif self._sample is None or not torch.equal(sample, self._sample):
+            raise StaleWeight(
+                f"a weight of shape {tuple(weight.shape)} changed after it was rounded to FP8: call "
+                "model.fp8.linear.weights_changed(model) after every update, or set weights_per_step=False"
+            )
+        return self._rounded
+
+    def drop(self) -> None:
+        """Round anew at the next use."""
+        self._rounded = self._sample = None
+
+
+def round_weight(weight: Tensor, quantiser: Quantiser, products: Products[Any]) -> Any:
+    """weight [out, in] or [groups, out, in] in 128x128 blocks that do not cross groups."""
+    num_groups = 1 if weight.dim() == 2 else len(weight)
+    return products.rounded(quantiser, weight.detach(), (weight.shape[-2],) * num_groups)
+
+
+@dataclass
+class FP8Layer:
+    """What one linear or grouped linear needs to compute in FP8; `model/linear.py` calls it where it is set."""
+
+    recipe: FP8Recipe
+    kept: RoundedWeight = field(default_factory=RoundedWeight)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        native = NativeKernels() if recipe.native else None
+        kernels: Kernels = native or TorchKernels()
+        self.e5m6: E5M6Kernels = native or TorchE5M6()
+        self.products: Products[Any] = ExactProducts() if recipe.exact else FastProducts()
+        self.input_rows, self.input_columns, self.weight_blocks = (
+            Quantiser(tile, recipe.scales, recipe.amax_floor, kernels) for tile in (Tile.ROW, Tile.COLUMN, Tile.BLOCK)
+        )
+        self.gradient_rows, self.gradient_columns = (
+            Quantiser(tile, recipe.scales, recipe.gradient_amax_floor, kernels) for tile in (Tile.ROW, Tile.COLUMN)
+        )
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """x [..., in]; weight [out, in], or [groups, out, in] with counts rows each -> [..., out] in x's dtype."""
+        return _FP8Linear.apply(x, weight, sink, counts, self)  # type: ignore[return-value]
+
+    def weight(self, weight: Tensor) -> Any:
+        """The weight in 128x128 blocks."""
+        if self.recipe.weights_per_step:
+            return self.kept.get(weight, self.weight_blocks, self.products)
+        return round_weight(weight, self.weight_blocks, self.products)
+
+    def take_input(self, x: Tensor, counts: tuple[int, ...]) -> tuple["KeptInput", Any]:
+        """x to keep for the weight gradient, and x rounded 1x128 for Fprop."""
+        kind = self.recipe.input_cache
+        if kind is InputCache.FP8:
+            return self.products.cached(self.input_rows, x, counts)
+        rounded = self.products.rounded(self.input_rows, x, counts)
+        if kind is InputCache.WIDE:
+            return self.input_columns.quantise(x, counts), rounded
+        return quantise_e5m6(x, self.e5m6, amax_floor=self.recipe.amax_floor), rounded
+
+    def columns_of(self, kept: "KeptInput", counts: tuple[int, ...]) -> Any:
+        """What was kept, rounded 128x1 for Wgrad."""
+        if isinstance(kept, E5M6Tensor):
+            return self.products.rounded(self.input_columns, dequantise_e5m6(kept, self.e5m6), counts)
+        return self.products.requantised(self.input_columns, kept)
+
+
+KeptInput = QuantisedTensor | E5M6Tensor
+
+
+def tensors_of(kept: KeptInput) -> tuple[Tensor, ...]:
+    """The tensors of a kept input, for save_for_backward."""
+    return (kept.high, kept.low, kept.exponents) if isinstance(kept, E5M6Tensor) else (kept.values, kept.scales)
+
+
+def from_tensors(tensors: tuple[Tensor, ...], like: tuple[Tile, Rows] | None) -> KeptInput:
+    """The kept input of saved tensors; `like`: its tile and rows, None for E5M6."""
+    if like is None:
+        high, low, exponents = tensors
+        return E5M6Tensor(high, low, exponents, tuple(high.shape))
+    values, scales = tensors
+    return QuantisedTensor(values, scales, *like, tuple(values.shape))
+
+
+class _FP8Linear(torch.autograd.Function):
+    """x [..., I], weight [O, I] or [E, O, I] with counts -> [..., O]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, layer: FP8Layer
+    ) -> Tensor:
+        x_RI = x.flatten(0, -2)
+        counts = (len(x_RI),) if counts is None else counts
+        kept, rounded = layer.take_input(x_RI, counts)
+        ctx.like = (kept.tile, kept.rows) if isinstance(kept, QuantisedTensor) else None
+        ctx.save_for_backward(weight, *tensors_of(kept))
+        ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
+        y_RO = layer.products.fprop(rounded, layer.weight(weight))
+        return y_RO.to(x.dtype).view(*x.shape[:-1], y_RO.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (grad,) = grads
+        weight, *tensors = ctx.saved_tensors
+        layer, counts, grad_RO, grad_x = ctx.layer, ctx.counts, grad.flatten(0, -2), None
+        if ctx.needs_input_grad[0]:
+            rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
+            grad_RI = layer.products.dgrad(rounded, layer.weight(weight))
+            grad_x = grad_RI.to(grad.dtype).view(*grad.shape[:-1], grad_RI.shape[1])
+        if ctx.needs_input_grad[1]:
+            kept = from_tensors(tuple(tensors), ctx.like)
+            ctx.sink.put(weight, lambda acc: add_weight_grad(layer, acc, grad_RO, kept, counts))
+        return grad_x, None, None, None, None
+
+
+def add_weight_grad(layer: FP8Layer, acc: Tensor, grad_RO: Tensor, kept: KeptInput, counts: tuple[int, ...]) -> None:
+    """acc [(groups,) out, in] in FP32 += grad^T x with both rounded 128x1 along the rows."""
+    grad = layer.products.rounded(layer.gradient_columns, grad_RO, counts)
+    layer.products.add_wgrad(acc, grad, layer.columns_of(kept, counts))
+
+
+def weights_changed(module: nn.Module) -> None:
+    """Round the weights of every FP8 layer below `module` anew at their next use: call it after every update."""
+    for child in module.modules():
+        layer = getattr(child, "fp8", None)
+        if isinstance(layer, FP8Layer):
+            layer.kept.drop()

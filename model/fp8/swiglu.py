@@ -1,0 +1,90 @@
+"""SwiGLU and the down projection as one function that keeps only FP8: the input of the SwiGLU in 1x128 tiles.
+
+The activation's output, the down projection's input, is recomputed in backward from that (report 3.2.3): nothing of it
+is kept. Gradients are those of the activation at the rounded input, as a kernel that reads the cache would give them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.fp8.formats import QuantisedTensor
+from model.fp8.linear import FP8Layer, from_tensors, tensors_of
+from model.mlp import swiglu
+from model.weight_grad import WeightGradSink
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    """gate_up [..., 2F], row weights [...] or None, weight [O, F] or [E, O, F] with counts -> [..., O]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: Tensor,
+        row_weights: Tensor | None,
+        weight: Tensor,
+        sink: WeightGradSink,
+        counts: tuple[int, ...] | None,
+        layer: FP8Layer,
+    ) -> Tensor:
+        rows = gate_up.flatten(0, -2)
+        counts = (len(rows),) if counts is None else counts
+        kept = layer.input_rows.quantise(rows, counts)
+        ctx.like = (kept.tile, kept.rows)
+        ctx.save_for_backward(weight, row_weights, *tensors_of(kept))
+        ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
+        hidden = layer.products.rounded(layer.input_rows, swiglu(rows, _flat(row_weights)), counts)
+        y = layer.products.fprop(hidden, layer.weight(weight))
+        return y.to(gate_up.dtype).view(*gate_up.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight, row_weights, *tensors = ctx.saved_tensors
+        layer, counts, grad_RO = ctx.layer, ctx.counts, grad.flatten(0, -2)
+        kept = from_tensors(tuple(tensors), ctx.like)
+        assert isinstance(kept, QuantisedTensor)
+        rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
+        grad_hidden = layer.products.dgrad(rounded, layer.weight(weight)).to(grad.dtype)
+        with torch.enable_grad():
+            gate_up = _wide(layer, kept, grad.dtype).requires_grad_()
+            factors = None if row_weights is None else row_weights.detach().flatten().requires_grad_()
+            hidden = swiglu(gate_up, factors)
+        inputs = [gate_up] if factors is None else [gate_up, factors]
+        grad_gate_up, *grad_factors = torch.autograd.grad(hidden, inputs, grad_hidden)
+        if ctx.needs_input_grad[2]:
+
+            def add(acc: Tensor) -> None:
+                again = swiglu(_wide(layer, kept, grad.dtype), _flat(row_weights))
+                columns = layer.products.rounded(layer.input_columns, again, counts)
+                gradient = layer.products.rounded(layer.gradient_columns, grad_RO, counts)
+                layer.products.add_wgrad(acc, gradient, columns)
+
+            ctx.sink.put(weight, add)
+        grad_rows = grad_factors[0].view(row_weights.shape) if row_weights is not None else None
+        return grad_gate_up.view(*grad.shape[:-1], -1), grad_rows, None, None, None, None
+
+
+def _flat(row_weights: Tensor | None) -> Tensor | None:
+    return None if row_weights is None else row_weights.flatten()
+
+
+def _wide(layer: FP8Layer, kept: QuantisedTensor, dtype: torch.dtype) -> Tensor:
+    return layer.input_rows.widen(kept).to(dtype)
+
+
+def swiglu_linear(
+    gate_up: Tensor,
+    weight: Tensor,
+    *,
+    layer: FP8Layer,
+    sink: WeightGradSink,
+    row_weights: Tensor | None = None,
+    counts: tuple[int, ...] | None = None,
+) -> Tensor:
+    """linear(silu(gate) * up * row weight) of gate_up [..., 2F], keeping gate_up in FP8 alone for backward.
+
+    weight [out, F], or [groups, out, F] with counts rows each. layer: of the linear; its `input_cache` has no say here.
+    """
+    return _SwiGLULinear.apply(gate_up, row_weights, weight, sink, counts, layer)  # type: ignore[return-value]

@@ -1,0 +1,59 @@
+"""SwiGLU kept in FP8 and recomputed: against the same function in separate steps, its bytes and its error."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.fp8.formats import Scales
+from model.fp8.linear import FP8Layer, FP8Recipe
+from model.fp8.swiglu import swiglu_linear
+from model.linear import GroupedLinear, Linear
+from model.mlp import swiglu
+from model.weight_grad import main_grad
+from tests.model.fp8.data import relative_error, wild
+from tests.model.fp8.test_linear import layer_of, saved_bytes
+
+
+def run(linear: Linear | GroupedLinear, gate_up: Tensor, weights: Tensor | None, counts: tuple[int, ...] | None,
+        grad: Tensor, recipe: FP8Recipe, *, fused: bool) -> list[Tensor]:  # fmt: skip
+    gate_up = gate_up.detach().clone().requires_grad_()
+    weights = None if weights is None else weights.detach().clone().requires_grad_()
+    layer = FP8Layer(recipe)
+    linear.weight.main_grad = torch.zeros(linear.weight.shape)  # type: ignore[attr-defined]
+    if fused:
+        y = swiglu_linear(gate_up, linear.weight, layer=layer, sink=linear.sink, row_weights=weights, counts=counts)
+    else:
+        y = layer(swiglu(gate_up, weights), linear.weight, linear.sink, counts)
+    y.backward(grad)
+    found = [y.detach(), gate_up.grad, main_grad(linear.weight), None if weights is None else weights.grad]
+    return [tensor for tensor in found if tensor is not None]
+
+
+@pytest.mark.parametrize("counts", [None, (70, 0, 58)])
+@pytest.mark.parametrize("scales", Scales)
+def test_is_the_separate_steps_at_the_rounded_input(scales: Scales, counts: tuple[int, ...] | None) -> None:
+    linear = layer_of(counts, 96, 160, torch.bfloat16)
+    gate_up, grad = wild((128, 320), seed=2, octaves=0), wild((128, 96), seed=3, octaves=0)
+    weights = torch.rand(128, generator=torch.Generator().manual_seed(4)) if counts else None
+    recipe = FP8Recipe(scales, exact=True)
+    fused = run(linear, gate_up, weights, counts, grad, recipe, fused=True)
+    plain = run(linear, gate_up, weights, counts, grad, recipe, fused=False)
+    assert torch.equal(fused[0], plain[0])  # forward does not read the cache
+    assert len(fused) == len(plain) == (3 if counts is None else 4)
+    for found, wanted in zip(fused[1:], plain[1:], strict=True):
+        assert 1e-3 < relative_error(found, wanted) < 0.07
+    rounded = FP8Layer(recipe).input_rows.quantise(gate_up, counts).dequantise()
+    at_rounded = run(linear, rounded, weights, counts, grad, recipe, fused=False)
+    assert relative_error(fused[1], at_rounded[1]) < 4e-3
+    if scales is Scales.POWER_OF_TWO:
+        assert torch.equal(fused[1], at_rounded[1])
+
+
+def test_keeps_fp8_of_its_input_and_nothing_of_its_output() -> None:
+    linear = layer_of(None, 256, 512, torch.bfloat16)
+    gate_up = wild((64, 1024), seed=5, octaves=0).requires_grad_()
+    layer = FP8Layer(FP8Recipe())
+    kept = saved_bytes(lambda: swiglu_linear(gate_up, linear.weight, layer=layer, sink=linear.sink), linear.weight)
+    assert kept == 64 * (1024 + 8)
+    wide = saved_bytes(lambda: linear(swiglu(gate_up)), linear.weight)
+    assert wide == 64 * (2048 + 1024)
