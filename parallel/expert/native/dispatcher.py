@@ -1,26 +1,21 @@
-"""The `native_host` back end: the kernels of csrc/ on CPU tensors, for processes or threads of one machine.
+"""The native back ends from Python: sizes, checks of arguments, and what the kernels are called with.
 
-The same source is compiled for GPUs (gpu_build.py). Here a warp is a thread, NVLink is shared memory, and InfiniBand a
-thread that carries out puts late and, with a seed, out of order where a real network may.
+`native_host` (host.py) runs the kernels of csrc/ on CPU tensors, `native` (gpu.py) on GPUs.
 """
 
-import ctypes
-import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.dispatch import Combined, Dispatched
+from model.dispatch import Combined, Dispatched, Pending
 from parallel.expert.native import fp8_rows
 from parallel.expert.native.failure import NativeError
-from parallel.expert.native.library import BF16, BYTES, FP32, Machine, Options, Shape, Transfer, bind, host_library
-from parallel.expert.native.window import Window
+from parallel.expert.native.library import BF16, BYTES, FP32, Machine, Shape, Transfer
 
 T = TypeVar("T")
 FORMATS = {torch.bfloat16: BF16, torch.float32: FP32}
@@ -60,21 +55,6 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Underway(Generic[T]):
-    """See `model.dispatch.Pending`."""
-
-    future: "Future[T]"
-
-    def wait(self) -> T:
-        """See `Pending`. Raises NativeError."""
-        return self.future.result()
-
-    def done(self) -> bool:
-        """See `Pending`."""
-        return self.future.done()
-
-
-@dataclass(frozen=True)
 class NativeHandle:
     """A routing. transfer: the C view of `fixed` and `lists`, where its tables are."""
 
@@ -103,10 +83,22 @@ def checked_shape(geometry: Geometry, config: NativeConfig) -> Shape:
     )  # fmt: skip
     for wrong, text in rules:
         if wrong:
-            raise NativeError(f"dispatcher native_host: {text}")
+            raise NativeError(f"native dispatcher: {text}")
     row_bytes = 4 * padded(g.hidden_size)
     locals_ = g.num_ranks // g.num_nodes
     return Shape(g.num_nodes, locals_, c.channels, c.ring, c.chunk, g.top_k, g.num_experts, row_bytes)
+
+
+def agree(group: dist.ProcessGroup, geometry: Geometry, config: NativeConfig) -> list[int]:
+    """Names of the group's ranks, after all have told their sizes. Raises NativeError, on all, if they differ."""
+    names = dist.get_process_group_ranks(group)
+    told: list[tuple[Geometry, NativeConfig]] = [(geometry, config)] * len(names)
+    dist.all_gather_object(told, (geometry, config), group=group)
+    for name, other in zip(names, told, strict=True):
+        for first, theirs in zip(told[0], other, strict=True):
+            if first != theirs:
+                raise NativeError(f"rank {name} has {theirs}, rank {names[0]} {first}: all ranks must agree")
+    return names
 
 
 def padded(hidden: int) -> int:
@@ -114,99 +106,59 @@ def padded(hidden: int) -> int:
     return -(-hidden // 8) * 8
 
 
-class NativeHostDispatcher:
-    """`TokenDispatcher` on CPU tensors. Every transfer runs in the background, in the order of the calls.
+class KernelDispatcher:
+    """`TokenDispatcher` on an opened machine, whatever it is made of; host.py and gpu.py open one and run the work.
 
     rows: as `TokenDispatcher` says. combine: copies on one GPU are summed in the order of k, those sums over the ranks
     of a node rising, those over the nodes rising, all in FP32; see NativeConfig.combine_wire for what is rounded.
     """
 
-    def __init__(
-        self, window: Window, *, geometry: Geometry, config: NativeConfig, rank: int, names: list[int] | None = None
-    ) -> None:
-        """Rank `rank` of those that share a window; names: what messages call the ranks. See also `over_group`."""
-        shape, library = checked_shape(geometry, config), bind(host_library())
-        options = Options(int(config.timeout_seconds * 1e9), config.seed, config.dead_after, 0)
+    name: str
+    device_type: str
+    machine: Machine
+
+    def __init__(self, *, geometry: Geometry, config: NativeConfig, rank: int, names: list[int] | None = None) -> None:
+        """Rank `rank` of the group; names: what messages call its ranks."""
         self.geometry, self.config, self.rank = geometry, config, rank
         self._names = names or list(range(geometry.num_ranks))
-        self._window = window
-        self.machine = Machine(library, library.ep_open(shape, rank, window.address, options), shape)
-        self._worker = ThreadPoolExecutor(1, f"native-{rank}")
-        self._finalizer = weakref.finalize(self, _close, self._worker, self.machine, window)
-
-    @staticmethod
-    def over_group(
-        group: dist.ProcessGroup, *, num_nodes: int, num_experts: int, hidden_size: int, top_k: int,
-        config: NativeConfig = NativeConfig(),
-    ) -> "NativeHostDispatcher":  # fmt: skip
-        """For a process of a gloo group whose ranks are all on this machine; collective.
-
-        Raises NativeError if ranks differ in an argument, or cannot share memory.
-        """
-        names = dist.get_process_group_ranks(group)
-        geometry = Geometry(len(names), num_nodes, num_experts, hidden_size, top_k)
-        shape = checked_shape(geometry, config)
-        size = bind(host_library()).ep_window_bytes(shape)
-        told: list[tuple[Geometry, NativeConfig]] = [(geometry, config)] * len(names)
-        dist.all_gather_object(told, (geometry, config), group=group)
-        for name, other in zip(names, told, strict=True):
-            for mine, theirs in zip((geometry, config), other, strict=True):
-                if mine != theirs:
-                    raise NativeError(f"rank {dist.get_rank()} has {mine}, rank {name} {theirs}: all ranks must agree")
-        window = Window.over_group(group, size * len(names))
-        rank = dist.get_rank(group)
-        return NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank, names=names)
-
-    @staticmethod
-    def in_process(geometry: Geometry, config: NativeConfig) -> list["NativeHostDispatcher"]:
-        """All ranks in this process, to be used from a thread each."""
-        size = bind(host_library()).ep_window_bytes(checked_shape(geometry, config))
-        window = Window.in_process(size * geometry.num_ranks)
-        return [
-            NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank)
-            for rank in range(geometry.num_ranks)
-        ]
-
-    def close(self) -> None:
-        """Ends the background work; otherwise when the object goes."""
-        self._finalizer()
 
     def dispatch(
         self, x_TD: Tensor, ids_TK: Tensor | None = None, weights_TK: Tensor | None = None, *,
         handle: NativeHandle | None = None,
-    ) -> Underway[Dispatched]:  # fmt: skip
+    ) -> Pending[Dispatched]:  # fmt: skip
         """See `TokenDispatcher`."""
         self._check_rows("x_TD", x_TD)
         if handle is not None:
             if len(x_TD) != handle.transfer.tokens:
                 self._refuse(f"x_TD has {len(x_TD)} rows: the handle is of {handle.transfer.tokens} tokens")
-            return self._start(lambda: self._carry(x_TD, None, handle))
+            return self._start(lambda: self._carry(x_TD, None, handle), x_TD)
         if ids_TK is None or weights_TK is None:
             self._refuse("a dispatch without a handle needs ids_TK and weights_TK")
         self._check_routing(x_TD, ids_TK, weights_TK)
         ids, weights = ids_TK.to(torch.int64).contiguous(), weights_TK.contiguous()
-        return self._start(lambda: self._carry(x_TD, weights, self._notify(x_TD, ids)))
+        return self._start(lambda: self._carry(x_TD, weights, self._notify(x_TD, ids)), x_TD, weights, ids)
 
-    def combine(self, rows_RD: Tensor, handle: NativeHandle, weights_R: Tensor | None = None) -> Underway[Combined]:
+    def combine(self, rows_RD: Tensor, handle: NativeHandle, weights_R: Tensor | None = None) -> Pending[Combined]:
         """See `TokenDispatcher`."""
         self._check_rows("rows_RD", rows_RD)
         if len(rows_RD) != handle.rows:
             self._refuse(f"rows_RD has {len(rows_RD)} rows: the handle is of {handle.rows}")
         if weights_R is not None and (weights_R.dtype != torch.float32 or weights_R.shape != (handle.rows,)):
             self._refuse(f"weights_R is {weights_R.dtype} {list(weights_R.shape)}: use float32 [{handle.rows}]")
-        return self._start(lambda: self._gather(rows_RD, handle, weights_R))
+        return self._start(lambda: self._gather(rows_RD, handle, weights_R), rows_RD, weights_R)
 
     def _notify(self, x_TD: Tensor, ids_TK: Tensor) -> NativeHandle:
         tokens, top_k = ids_TK.shape
-        fixed = torch.empty(self.machine.routing_ints(tokens, top_k), dtype=torch.int32)
+        fixed = torch.empty(self.machine.routing_ints(tokens, top_k), dtype=torch.int32, device=ids_TK.device)
         transfer = Transfer(tokens, top_k, 0, fixed.data_ptr(), None)
         _, row_bytes, form = self._travelling(x_TD[:0])
         library, at = self.machine.library, self.machine.totals_at(tokens, top_k)
         self._done(library.ep_notify(self.machine.handle, transfer, ids_TK.data_ptr(), row_bytes, form))
         rows, forwarded, arrived, *counts = fixed[at : at + 3 + self.geometry.num_experts // len(self._names)].tolist()
-        lists = torch.empty(-(-forwarded // 4) * 4 + arrived * (top_k + 1), dtype=torch.int32)
+        self._verify()
+        lists = torch.empty(-(-forwarded // 4) * 4 + arrived * (top_k + 1), dtype=torch.int32, device=ids_TK.device)
         transfer.forwarded, transfer.lists = forwarded, lists.data_ptr()
-        return NativeHandle(transfer, fixed, lists, rows, tuple(counts), torch.empty(rows))
+        return NativeHandle(transfer, fixed, lists, rows, tuple(counts), torch.empty(rows, device=ids_TK.device))
 
     def _travelling(self, x_TD: Tensor) -> tuple[Tensor, int, int]:
         """Rows as they travel, their bytes and format."""
@@ -236,7 +188,11 @@ class NativeHostDispatcher:
         rows = F.pad(rows_RD, (0, padded(hidden) - hidden)).contiguous()
         scalars = None if weights_R is None else weights_R.contiguous()
         total = rows.new_empty(handle.transfer.tokens, rows.shape[1])
-        back = None if weights_R is None else torch.empty(handle.transfer.tokens, handle.transfer.top_k)
+        back = (
+            None
+            if weights_R is None
+            else torch.empty(handle.transfer.tokens, handle.transfer.top_k, device=rows.device)
+        )
         wire = BF16 if form == BF16 and self.config.combine_wire == "bf16" else FP32
         status = self.machine.library.ep_combine(
             self.machine.handle, handle.transfer, rows.data_ptr(), None if scalars is None else scalars.data_ptr(),
@@ -245,12 +201,12 @@ class NativeHostDispatcher:
         self._done(status)
         return Combined(total if total.shape[1] == hidden else total[:, :hidden].contiguous(), back)
 
-    def _start(self, work: Callable[[], T]) -> Underway[T]:
-        def quietly() -> T:
-            with torch.no_grad():
-                return work()
+    def _start(self, work: Callable[[], T], *inputs: Tensor | None) -> Pending[T]:
+        """Begin work that reads the inputs, after all work begun before."""
+        raise NotImplementedError
 
-        return Underway(self._worker.submit(quietly))
+    def _verify(self) -> None:
+        """Raise if a kernel failed; called when the results of a notify stage are on the host."""
 
     def _done(self, status: int) -> None:
         if status:
@@ -261,8 +217,8 @@ class NativeHostDispatcher:
         hidden = self.geometry.hidden_size
         if rows.ndim != 2:
             self._refuse(f"{name} has {rows.ndim} dimensions: it must have 2, [rows, hidden]")
-        if rows.device.type != "cpu":
-            self._refuse(f"{name} is on {rows.device}: native_host takes CPU tensors")
+        if rows.device.type != self.device_type:
+            self._refuse(f"{name} is on {rows.device}: dispatcher {self.name} takes {self.device_type} tensors")
         if rows.dtype not in FORMATS:
             self._refuse(f"{name} is {rows.dtype}: bfloat16 and float32 travel")
         if rows.shape[1] > hidden:
@@ -282,9 +238,3 @@ class NativeHostDispatcher:
         """Ends all ranks: they would wait for this one."""
         self.machine.library.ep_stop(self.machine.handle)
         raise NativeError(f"rank {self._names[self.rank]}: {text}")
-
-
-def _close(worker: ThreadPoolExecutor, machine: Machine, window: Window) -> None:
-    del window  # mapped until here
-    worker.shutdown()
-    machine.library.ep_close(ctypes.c_void_p(machine.handle))

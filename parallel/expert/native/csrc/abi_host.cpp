@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "abi_sizes.h"
 #include "combine.h"
 #include "dispatch.h"
 #include "machine_host.h"
@@ -37,6 +38,7 @@ namespace {
 template <class... Roles>
 int run(EpMachine* m, int channels, Roles... roles) {
   if (m->failed()) return 1;
+  HostMachine(m->host).begin();
   m->host.network.begin();
   std::vector<std::thread> warps;
   for (int c = 0; c < channels; ++c)
@@ -52,15 +54,6 @@ int run(EpMachine* m, int channels, Roles... roles) {
 }  // namespace
 
 extern "C" {
-
-size_t ep_window_bytes(const Shape* s) { return Layout::make(*s).window_bytes; }
-size_t ep_routing_ints(const Shape* s, int tokens, int top_k) { return Routing{}.place(*s, tokens, top_k, nullptr); }
-size_t ep_totals_at(const Shape* s, int tokens, int top_k) {
-  Routing r{};
-  alignas(16) static int32_t origin[4];
-  r.place(*s, tokens, top_k, origin);
-  return (size_t)(r.totals - origin);
-}
 
 // world: the windows of all ranks, one after the other, zero at first.
 EpMachine* ep_open(const Shape* s, int rank, void* world, const EpOptions* o) {

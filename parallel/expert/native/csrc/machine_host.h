@@ -100,9 +100,19 @@ class HostMachine {
     h_.failed_values[0] = mine, h_.failed_values[1] = theirs;
     for (int r = 0; r < h_.shape.ranks(); ++r) set_abort(r, failure);
   }
+  // Who to name for a wait: the rank that is furthest behind in transfers, if it is behind this one.
+  int culprit(int peer) const {
+    int last = peer;
+    uint64_t least = begun(h_.rank);
+    for (int r = 0; r < h_.shape.ranks(); ++r)
+      if (begun(r) < least) last = r, least = begun(r);
+    return last;
+  }
+  void begin() const { __atomic_fetch_add(word_at(own(0), h_.layout.begun), 1, __ATOMIC_RELAXED); }
   void count(Counter counter, uint64_t n) const { __atomic_fetch_add(&h_.counters[counter], n, __ATOMIC_RELAXED); }
 
  private:
+  uint64_t begun(int r) const { return __atomic_load_n(word_at(h_.window(r), h_.layout.begun), __ATOMIC_RELAXED); }
   int on_rail(int n) const { return n * h_.shape.locals + local(); }
   bool set_abort(int r, const Failure& failure) const {
     uint64_t none = 0;

@@ -99,7 +99,7 @@ class Network {
   void begin() {
     {
       const std::lock_guard<std::mutex> guard(mutex_);
-      ++kernels_;
+      ++kernels_, ++begun_;
     }
     wake_.notify_one();
   }
@@ -133,7 +133,8 @@ class Network {
         nap(idle - 16);
       } else if (all_empty()) {  // asked after the last kernel ended, so nothing is posted unseen
         if (closing_) return;
-        wake_.wait(lock, [this] { return kernels_ != 0 || closing_; });
+        // A kernel may post, end and leave everything to this thread before it wakes: what counts is that one began.
+        wake_.wait(lock, [this, seen = begun_] { return begun_ != seen || closing_; });
         idle = 0;
       }
     }
@@ -203,6 +204,7 @@ class Network {
   std::mutex mutex_;
   std::condition_variable wake_;
   int kernels_ = 0;
+  uint64_t begun_ = 0;
   bool closing_ = false;
   std::thread thread_;  // last: starts when the rest is there
 };

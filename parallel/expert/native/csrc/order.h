@@ -59,7 +59,7 @@ enum Site : int {
 
 // Whether the ordering of a site is in force in this build.
 template <int SITE>
-constexpr bool ordered() {
+EP_BOTH constexpr bool ordered() {
   return SITE != UNORDERED && SITE != EP_WEAKEN;
 }
 

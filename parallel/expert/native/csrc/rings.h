@@ -10,7 +10,7 @@
 //   fan_out(src, bytes, mask, to)            copy to every destination to(i), i in mask
 //   reduce_or, ballot, broadcast, prefix, sync    across the lanes
 //   Lanes                                    one 64-bit value per peer, each in its own lane
-//   pause(spins), now(), patience(), stopped(), fail(failure, own, theirs), count(counter, n)
+//   pause(spins), now(), patience(), stopped(), culprit(peer), fail(failure, own, theirs), count(counter, n)
 #pragma once
 #include "failure.h"
 #include "shape.h"
@@ -48,9 +48,15 @@ struct Patience {
     if (spins == 0) since = d.now();
     d.pause(spins++);
     if (d.stopped()) return false;
-    if ((spins & (D::TICKS - 1)) != 0 || d.now() - since < d.patience()) return true;
-    d.fail(Failure{TIMEOUT, post.role, post.channel, d.rank(), peer, NO_ARGUMENT}, wanted, seen);
+    if ((spins & (D::TICKS - 1)) != 0 || d.now() - since < d.patience() / 4 * quarters(peer)) return true;
+    d.fail(Failure{TIMEOUT, post.role, post.channel, d.rank(), d.culprit(peer), NO_ARGUMENT}, wanted, seen);
     return false;
+  }
+  // Forwarders wait for other ranks at first hand, so they complain first; senders and receivers mostly wait for a
+  // forwarder that waits, and who waits for its own rank certainly does.
+  EP_FN int quarters(int peer) const {
+    const bool forwards = post.role == NOTIFY_FORWARDER || post.role == DISPATCH_FORWARDER || post.role == COMBINE_FORWARDER;
+    return 4 + (forwards ? 0 : 1) + (peer == d.rank() ? 2 : 0);
   }
 };
 

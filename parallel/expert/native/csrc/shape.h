@@ -60,7 +60,7 @@ struct alignas(16) Agreement {
 
 // Byte offsets in a window, the same on every rank; window_bytes is a multiple of 4096.
 struct Layout {
-  size_t abort, notify_flag, local_flag, rail_tail, rail_head, nvl_tail, nvl_head;
+  size_t abort, rail_abort, begun, notify_flag, local_flag, rail_tail, rail_head, nvl_tail, nvl_head;
   size_t notify_send, notify_in, local_in, stage, rail_in, nvl_in, window_bytes;
   size_t slot_bytes, notify_bytes, local_bytes;
   int channels, ring, nodes, ranks;
@@ -74,7 +74,9 @@ struct Layout {
     l.local_bytes = round16(4 * (el + c));
     size_t at = 0;
     const auto take = [&at](size_t bytes) { const size_t here = at; at += (bytes + 127) / 128 * 128; return here; };
-    l.abort = take(8), l.notify_flag = take(8 * n), l.local_flag = take(8 * u);
+    l.abort = take(8), l.rail_abort = take(8);  // own node's and other nodes' word: one kind of atomic each
+    l.begun = take(8);  // transfers begun by the rank
+    l.notify_flag = take(8 * n), l.local_flag = take(8 * u);
     l.rail_tail = take(8 * n * c), l.rail_head = take(8 * n * c);
     l.nvl_tail = take(8 * u * c), l.nvl_head = take(8 * u * c);
     l.notify_send = take(2 * n * l.notify_bytes), l.notify_in = take(2 * n * l.notify_bytes);

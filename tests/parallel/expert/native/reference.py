@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.expert.native.dispatcher import Geometry, NativeConfig, NativeHostDispatcher
+from parallel.expert.native.dispatcher import Geometry, NativeConfig
+from parallel.expert.native.host import NativeHostDispatcher
 
 
 @dataclass(frozen=True)
@@ -138,5 +139,5 @@ def run_ranks(routings: list[Routing], *, nodes: int, experts: int, config: Nati
     for dispatcher in dispatchers:
         dispatcher.close()
     if errors:
-        raise errors[0]
+        raise next((e for e in errors if isinstance(e, AssertionError)), errors[0])
     return {name: sum(counters[name] for counters in totals) for name in totals[0]}

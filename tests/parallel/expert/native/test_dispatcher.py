@@ -92,6 +92,6 @@ def check_random(data: st.DataObject) -> None:
         generator = torch.Generator().manual_seed(rank)
         x_TD = torch.randn(len(ids_TK), 8, generator=generator).bfloat16()
         sent.append(Routing(x_TD, ids_TK, torch.rand(ids_TK.shape, generator=generator)))
-    numbers = {name: data.draw(st.integers(1, 4)) for name in ("ring", "chunk", "channels")}
-    config = NativeConfig(timeout_seconds=60, seed=data.draw(st.integers(0, 3)), **numbers)
+    ring, chunk, channels, seed = data.draw(st.tuples(*[st.integers(1, 4)] * 4))
+    config = NativeConfig(ring=ring, chunk=chunk, channels=channels, seed=seed - 1, timeout_seconds=60)
     check_minimum(run_ranks(sent, nodes=nodes, experts=experts, config=config), sent, nodes=nodes, experts=experts)
