@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 TILE_SIZE = 128
+# The CPU's BF16 product compiles a kernel for every new shape; experts' row counts rounded up to this recur.
+PADDED_ROWS = 64
 LARGEST_E4M3 = 448.0
 SMALLEST_NORMAL_E4M3 = 2.0**-6
 # The released kernel's floor of a tile's largest magnitude; below it a tile shares the scale of 1e-4.
@@ -68,10 +71,33 @@ class Rows:
         return [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
 
     @property
+    def padded_starts(self) -> list[int]:
+        """First row of every group in a padded layout, and at the end the number of rows."""
+        return [0, *accumulate(-(-count // PADDED_ROWS) * PADDED_ROWS for count in self.counts)]
+
+    @property
+    def padded_blocks(self) -> list[int]:
+        """First row of every block in a padded layout."""
+        groups = zip(self.padded_starts, self.counts, strict=False)
+        return [start + row for start, count in groups for row in range(0, count, TILE_SIZE)]
+
+    @property
     def block_of_row(self) -> Tensor:
         """The block of each row, int64."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         return torch.arange(self.num_blocks).repeat_interleave(lengths)
+
+
+class Layout(Enum):
+    """How an operand's numbers lie in memory.
+
+    PLAIN: [rows, columns]. PADDED: every group's rows filled up with zero rows to a multiple of PADDED_ROWS, so that
+    products of few different shapes occur. TURNED: padded and transposed, [columns, padded rows].
+    """
+
+    PLAIN = "plain"
+    PADDED = "padded"
+    TURNED = "turned"
 
 
 def num_strips(num_columns: int) -> int:
@@ -155,11 +181,12 @@ class QuantisedTensor:
 class Operand:
     """A rounded matrix in the form that a BF16 product reads: what the tensor core would see.
 
-    values: BF16 [rows, columns]; already times the scales where they are powers of two (exact), the bare E4M3 values
-    otherwise, and then `scales` holds the FP32 scales.
+    values: BF16 [rows, columns] in the layout; already times the scales where they are powers of two (exact), the bare
+    E4M3 values otherwise, and then `scales` holds the FP32 scales.
     """
 
     values: Tensor
     scales: Tensor | None
     tile: Tile
     rows: Rows
+    layout: Layout = Layout.PLAIN

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from model.fp8 import reference
-from model.fp8.formats import TILE_SIZE, Operand, QuantisedTensor, Tile
+from model.fp8.formats import TILE_SIZE, Layout, Operand, QuantisedTensor, Tile
 from model.fp8.quantise import Quantiser
-from model.linear import add_grouped_product, grouped_product
+from model.linear import grouped_product
 from model.weight_grad import add_product
 
 Rounded = TypeVar("Rounded")
@@ -45,7 +45,10 @@ class Products(Protocol[Rounded]):
         ...
 
     def add_wgrad(self, acc: Tensor, grad: Rounded, x: Rounded) -> None:
-        """acc [groups, out, in] in FP32 += grad^T x, group by group."""
+        """acc [groups, out, in] in FP32 += grad^T x, group by group.
+
+        Fast, power-of-two scales: grad must be TURNED and x PADDED, which spares the CPU's product a slow transpose.
+        """
         ...
 
 
@@ -95,7 +98,7 @@ class FastProducts:
         """See Products."""
         if tensor.tile is quantiser.tile:
             return quantiser.as_operand(tensor)
-        return quantiser.operand(quantiser.widen(tensor), tensor.rows.counts)
+        return quantiser.requantised_operand(tensor)
 
     def fprop(self, x: Operand, weight: Operand) -> Tensor:
         """See Products."""
@@ -119,10 +122,12 @@ class FastProducts:
         if grad.scales is not None and x.scales is not None:
             for group, left, right in zip(acc_EOI, _groups(grad), _groups(x), strict=True):
                 group.add_(_scaled_product(_transposed(left), _transposed(right)))
-        elif len(acc_EOI) == 1:
-            add_product(acc_EOI[0], grad.values.t(), x.values)
-        else:
-            add_grouped_product(acc_EOI, grad.values, x.values, grad.rows.counts)
+            return
+        assert grad.layout is Layout.TURNED and x.layout is Layout.PADDED
+        starts = grad.rows.padded_starts
+        for group, start, stop in zip(acc_EOI, starts, starts[1:], strict=False):
+            if start < stop:
+                add_product(group, grad.values[:, start:stop], x.values[start:stop])
 
 
 def _stack(weight: Operand) -> Tensor:

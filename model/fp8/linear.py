@@ -6,13 +6,14 @@ nothing in BF16. The weight gradient's 128x1 tiles are made from that when the c
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.fp8.e5m6 import E5M6Kernels, E5M6Tensor, TorchE5M6, dequantise_e5m6, quantise_e5m6
-from model.fp8.formats import AMAX_FLOOR, QuantisedTensor, Rows, Scales, Tile
+from model.fp8.formats import AMAX_FLOOR, Layout, QuantisedTensor, Rows, Scales, Tile
 from model.fp8.gemm import ExactProducts, FastProducts, Products
 from model.fp8.native import NativeKernels
 from model.fp8.quantise import Kernels, Quantiser, TorchKernels
@@ -108,12 +109,15 @@ class FP8Layer:
         kernels: Kernels = native or TorchKernels()
         self.e5m6: E5M6Kernels = native or TorchE5M6()
         self.products: Products[Any] = ExactProducts() if recipe.exact else FastProducts()
-        self.input_rows, self.input_columns, self.weight_blocks = (
-            Quantiser(tile, recipe.scales, recipe.amax_floor, kernels) for tile in (Tile.ROW, Tile.COLUMN, Tile.BLOCK)
+        plain = recipe.scales is Scales.FP32  # whose products go block by block
+        left, right = (Layout.PLAIN, Layout.PLAIN) if plain else (Layout.TURNED, Layout.PADDED)
+        for_input, for_gradient = (
+            partial(Quantiser, scales=recipe.scales, amax_floor=floor, kernels=kernels)
+            for floor in (recipe.amax_floor, recipe.gradient_amax_floor)
         )
-        self.gradient_rows, self.gradient_columns = (
-            Quantiser(tile, recipe.scales, recipe.gradient_amax_floor, kernels) for tile in (Tile.ROW, Tile.COLUMN)
-        )
+        self.input_rows, self.weight_blocks = for_input(Tile.ROW), for_input(Tile.BLOCK)
+        self.input_columns = for_input(Tile.COLUMN, layout=right)
+        self.gradient_rows, self.gradient_columns = for_gradient(Tile.ROW), for_gradient(Tile.COLUMN, layout=left)
 
     def __call__(
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None

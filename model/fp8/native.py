@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.fp8.formats import QuantisedTensor, Rows, Scales, scale_shape
-from model.fp8.quantise import Encoded, Request
+from model.fp8.formats import Layout, QuantisedTensor, Rows, Scales, Tile, scale_shape
+from model.fp8.quantise import Encoded, Request, wide_dtype
 
 SOURCE = Path(__file__).parent / "csrc" / "quantise.cpp"
 HEADER = Path(__file__).parent / "csrc" / "formats.h"
@@ -76,6 +76,22 @@ def _bounds(rows: Rows) -> Tensor:
     return torch.tensor(rows.bounds, dtype=torch.int64)
 
 
+class _Place:
+    """Where BF16 numbers are written: the tensor, each block's first row in it, and its stride if transposed."""
+
+    def __init__(self, rows: Rows, num_columns: int, layout: Layout) -> None:
+        plain, turned = layout is Layout.PLAIN, layout is Layout.TURNED
+        num_rows = rows.num_rows if plain else rows.padded_starts[-1]
+        shape = (num_columns, num_rows) if turned else (num_rows, num_columns)
+        self.tensor = torch.empty(shape, dtype=torch.bfloat16)
+        self.blocks = torch.tensor(rows.bounds[:-1] if plain else rows.padded_blocks, dtype=torch.int64)
+        self.stride = num_rows if turned else 0
+        if not plain:
+            for start, stop, count in zip(rows.padded_starts, rows.padded_starts[1:], rows.counts, strict=False):
+                gap = slice(start + count, stop)
+                (self.tensor[:, gap] if turned else self.tensor[gap]).zero_()
+
+
 class NativeKernels:
     """The same bits as TorchKernels, on CPU tensors, on the calling thread."""
 
@@ -89,7 +105,8 @@ class NativeKernels:
             x = x.contiguous()
         num_columns, power = x.shape[1], request.scales is Scales.POWER_OF_TWO
         values = torch.empty(x.shape, dtype=torch.float8_e4m3fn) if request.values else None
-        wide = torch.empty(x.shape, dtype=torch.bfloat16) if request.wide else None
+        place = _Place(rows, num_columns, request.layout) if request.wide else None
+        wide = None if place is None else place.tensor
         shape = scale_shape(request.tile, rows, num_columns)
         scales = torch.empty(shape, dtype=torch.uint8 if power else torch.float32)
         bounds = _bounds(rows)
@@ -97,8 +114,25 @@ class NativeKernels:
             *(_address(x), int(x.dtype == torch.float32), ctypes.c_long(num_columns), ctypes.c_long(x.stride(0))),
             *(_address(bounds), ctypes.c_long(rows.num_blocks), *request.tile.value, int(power)),
             *(ctypes.c_float(request.amax_floor), _address(values), _address(wide), _address(scales)),
+            *(_address(None if place is None else place.blocks), ctypes.c_long(0 if place is None else place.stride)),
         )
         return Encoded(values, wide, scales)
+
+    def recode(self, tensor: QuantisedTensor, request: Request) -> Encoded:
+        """See quantise.Kernels."""
+        fused = tensor.power_of_two and request.scales is Scales.POWER_OF_TWO and not request.values
+        if not (fused and tensor.tile is Tile.ROW and request.tile is Tile.COLUMN):
+            return self.encode(self.decode(tensor, wide_dtype(tensor)), tensor.rows, request)
+        values, rows, num_columns = _on_cpu(tensor.values).contiguous(), tensor.rows, tensor.values.shape[1]
+        place = _Place(rows, num_columns, request.layout)
+        scales = torch.empty(scale_shape(Tile.COLUMN, rows, num_columns), dtype=torch.uint8)
+        bounds, exponents = _bounds(rows), tensor.scales.contiguous()
+        self._library.fp8_requantise(
+            *(_address(values), _address(exponents), ctypes.c_long(num_columns), _address(bounds)),
+            *(ctypes.c_long(rows.num_blocks), ctypes.c_float(request.amax_floor), _address(place.tensor)),
+            *(_address(scales), _address(place.blocks), ctypes.c_long(place.stride)),
+        )
+        return Encoded(None, place.tensor, scales)
 
     def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
         """See quantise.Kernels."""

@@ -23,6 +23,7 @@ from model.fp8.formats import (
     LARGEST_E4M3,
     NAN_EXPONENT,
     TILE_SIZE,
+    Layout,
     Operand,
     QuantisedTensor,
     Rows,
@@ -54,6 +55,7 @@ class Request:
     amax_floor: float
     values: bool
     wide: bool
+    layout: Layout = Layout.PLAIN  # of the BF16 numbers
 
 
 class Kernels(Protocol):
@@ -61,6 +63,10 @@ class Kernels(Protocol):
 
     def encode(self, x: Tensor, rows: Rows, request: Request) -> Encoded:
         """x [rows, columns] BF16 or FP32 to what the request says."""
+        ...
+
+    def recode(self, tensor: QuantisedTensor, request: Request) -> Encoded:
+        """A quantised tensor dequantised (in FP32 where its scales are) and encoded again."""
         ...
 
     def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
@@ -93,6 +99,21 @@ def exponents_of(scales: Tensor) -> Tensor:
     return exponents.masked_fill(scales.isnan(), NAN_EXPONENT).to(torch.uint8)
 
 
+def laid_out(wide: Tensor, rows: Rows, layout: Layout) -> Tensor:
+    """[rows, columns] in the layout."""
+    if layout is Layout.PLAIN:
+        return wide
+    padded = wide.new_zeros(rows.padded_starts[-1], wide.shape[1])
+    for part, start in zip(wide.split(rows.counts), rows.padded_starts, strict=False):
+        padded[start : start + len(part)] = part
+    return padded.t().contiguous() if layout is Layout.TURNED else padded
+
+
+def wide_dtype(tensor: QuantisedTensor) -> torch.dtype:
+    """The narrower of BF16 and FP32 that holds every value exactly, or (FP32 scales) as well as can be."""
+    return torch.bfloat16 if tensor.power_of_two else torch.float32
+
+
 class TorchKernels:
     """The definition in plain torch."""
 
@@ -109,8 +130,12 @@ class TorchKernels:
         wide = None
         if request.wide:
             wide = values.float() * wide_scales if request.scales is Scales.POWER_OF_TWO else values
-            wide = wide.to(torch.bfloat16)
+            wide = laid_out(wide.to(torch.bfloat16), rows, request.layout)
         return Encoded(values if request.values else None, wide, stored)
+
+    def recode(self, tensor: QuantisedTensor, request: Request) -> Encoded:
+        """See Kernels."""
+        return self.encode(self.decode(tensor, wide_dtype(tensor)), tensor.rows, request)
 
     def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
         """See Kernels."""
@@ -122,13 +147,18 @@ class Quantiser:
     """Rounds tensors to E4M3 in tiles.
 
     tile, scales: which numbers share a scale, and its format. amax_floor: 1e-4 as the released kernel has, 0 for
-    gradients smaller than that (an all-zero tile then has the scale 1).
+    gradients smaller than that (an all-zero tile then has the scale 1). layout: of operands.
     """
 
     tile: Tile
     scales: Scales = Scales.POWER_OF_TWO
     amax_floor: float = AMAX_FLOOR
     kernels: Kernels = field(default_factory=TorchKernels)
+    layout: Layout = Layout.PLAIN
+
+    def __post_init__(self) -> None:
+        if self.layout is Layout.TURNED and self.tile is not Tile.COLUMN:
+            raise ValueError(f"only 128x1 tiles are stored transposed, not {self.tile.name}")
 
     def quantise(self, x: Tensor, counts: tuple[int, ...] | None = None) -> QuantisedTensor:
         """x [..., columns], BF16 or FP32, leading dimensions flattened to rows.
@@ -157,12 +187,14 @@ class Quantiser:
     def as_operand(self, tensor: QuantisedTensor) -> Operand:
         """The operand of a tensor that is already in this quantiser's tiles."""
         if tensor.power_of_two:
-            return Operand(self.kernels.decode(tensor, torch.bfloat16), None, tensor.tile, tensor.rows)
-        return Operand(tensor.values.to(torch.bfloat16), tensor.scales, tensor.tile, tensor.rows)
+            wide, scales = self.kernels.decode(tensor, torch.bfloat16), None
+        else:
+            wide, scales = tensor.values.to(torch.bfloat16), tensor.scales
+        return Operand(laid_out(wide, tensor.rows, self.layout), scales, tensor.tile, tensor.rows, self.layout)
 
     def widen(self, tensor: QuantisedTensor) -> Tensor:
         """Dequantised [rows, columns] without rounding to BF16 where that would lose bits (FP32 scales)."""
-        return self.kernels.decode(tensor, torch.bfloat16 if tensor.power_of_two else torch.float32)
+        return self.kernels.decode(tensor, wide_dtype(tensor))
 
     def requantise(self, tensor: QuantisedTensor) -> QuantisedTensor:
         """The same numbers in this quantiser's tiles: the report's 1x128 to 128x1 conversion for the weight gradient.
@@ -171,15 +203,21 @@ class Quantiser:
         scale: a number below 2^-6 of that scale whose four significant bits reach further down (underflow). With
         FP32 scales every number is rounded a second time.
         """
-        return self.quantise(self.widen(tensor), tensor.rows.counts)
+        encoded = self.kernels.recode(tensor, self._request(values=True))
+        assert encoded.values is not None
+        return QuantisedTensor(encoded.values, encoded.scales, self.tile, tensor.rows, tensor.shape)
+
+    def requantised_operand(self, tensor: QuantisedTensor) -> Operand:
+        """As `requantise`, but the operand; nothing is written in between."""
+        return self._operand(self.kernels.recode(tensor, self._request(wide=True)), tensor.rows)
 
     def _request(self, *, values: bool = False, wide: bool = False) -> Request:
-        return Request(self.tile, self.scales, self.amax_floor, values, wide)
+        return Request(self.tile, self.scales, self.amax_floor, values, wide, self.layout)
 
     def _operand(self, encoded: Encoded, rows: Rows) -> Operand:
         assert encoded.wide is not None
         scales = encoded.scales if self.scales is Scales.FP32 else None
-        return Operand(encoded.wide, scales, self.tile, rows)
+        return Operand(encoded.wide, scales, self.tile, rows, self.layout)
 
 
 def first_non_finite(tensor: QuantisedTensor) -> tuple[int, int] | None:

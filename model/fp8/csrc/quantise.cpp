@@ -3,6 +3,8 @@
 
 #include "formats.h"
 
+#include <vector>
+
 namespace {
 
 constexpr long TILE = 128;
@@ -88,7 +90,40 @@ struct Job {
     uint8_t* codes;
     uint16_t* wide;
     void* scales;
+    const int64_t* to;  // block b's first row in `wide`; null: the same as in x
+    long transposed;    // if not zero, `wide` is [cols, transposed]: that many numbers from column to column
 };
+
+typedef uint16_t Eight __attribute__((vector_size(16)));
+
+// out[j * stride + i] = in[i * TILE + j] for i < num_rows, j < n, in pieces of 8x8.
+inline void transpose(const uint16_t* __restrict in, long num_rows, long n, uint16_t* __restrict out, long stride) {
+    long i = 0;
+    for (; i + 8 <= num_rows; i += 8) {
+        long j = 0;
+        for (; j + 8 <= n; j += 8) {
+            Eight r[8], s[8];
+            for (int k = 0; k < 8; k++) std::memcpy(&r[k], in + (i + k) * TILE + j, 16);
+            for (int k = 0; k < 4; k++) {  // three rounds of interleaving row k with row k + 4
+                s[2 * k] = __builtin_shuffle(r[k], r[k + 4], Eight{0, 8, 1, 9, 2, 10, 3, 11});
+                s[2 * k + 1] = __builtin_shuffle(r[k], r[k + 4], Eight{4, 12, 5, 13, 6, 14, 7, 15});
+            }
+            for (int k = 0; k < 4; k++) {
+                r[2 * k] = __builtin_shuffle(s[k], s[k + 4], Eight{0, 8, 1, 9, 2, 10, 3, 11});
+                r[2 * k + 1] = __builtin_shuffle(s[k], s[k + 4], Eight{4, 12, 5, 13, 6, 14, 7, 15});
+            }
+            for (int k = 0; k < 4; k++) {
+                s[2 * k] = __builtin_shuffle(r[k], r[k + 4], Eight{0, 8, 1, 9, 2, 10, 3, 11});
+                s[2 * k + 1] = __builtin_shuffle(r[k], r[k + 4], Eight{4, 12, 5, 13, 6, 14, 7, 15});
+            }
+            for (int k = 0; k < 8; k++) std::memcpy(out + (j + k) * stride + i, &s[k], 16);
+        }
+        for (; j < n; j++)
+            for (long k = i; k < i + 8; k++) out[j * stride + k] = in[k * TILE + j];
+    }
+    for (; i < num_rows; i++)
+        for (long j = 0; j < n; j++) out[j * stride + i] = in[i * TILE + j];
+}
 
 template <bool POWER>
 inline void store_scale(void* scales, long index, const Scale& scale) {
@@ -101,7 +136,7 @@ inline void store_scale(void* scales, long index, const Scale& scale) {
 // Rows row to row + num_rows, columns col to col + n: one 128x128 block, or up to 128 tiles of 128x1, or (num_rows 1)
 // one tile of 1x128. `index`: where the first scale goes.
 template <class In, bool POWER, bool CODES, bool WIDE, bool BY_COLUMN>
-void encode_block(const In* x, const Job& job, long row, long num_rows, long col, long n, long index) {
+void encode_block(const In* x, const Job& job, long row, long num_rows, long col, long n, long index, long to_row) {
     Strip strip;
     strip.plain = true;
     const In* first = x + row * job.stride + col;
@@ -123,10 +158,18 @@ void encode_block(const In* x, const Job& job, long row, long num_rows, long col
         strip.set(0, n, s);
         store_scale<POWER>(job.scales, index, s);
     }
+    uint16_t turned[WIDE && BY_COLUMN ? TILE * TILE : 1];
+    bool turn = WIDE && BY_COLUMN && job.transposed;
     for (long i = 0; i < num_rows; i++) {
-        long at = (row + i) * job.cols + col;
-        encode_row<In, POWER, CODES, WIDE>(first + i * job.stride, n, strip, CODES ? job.codes + at : nullptr,
-                                           WIDE ? job.wide + at : nullptr);
+        uint8_t* codes = CODES ? job.codes + (row + i) * job.cols + col : nullptr;
+        uint16_t* wide = turn ? turned + i * TILE : WIDE ? job.wide + (to_row + i) * job.cols + col : nullptr;
+        encode_row<In, POWER, CODES, WIDE>(first + i * job.stride, n, strip, codes, wide);
+    }
+    if (turn) {  // by way of a buffer: whole cache lines go out, since columns may lie a power of two apart
+        uint16_t columns[WIDE && BY_COLUMN ? TILE * TILE : 1];
+        transpose(turned, num_rows, n, columns, TILE);
+        for (long j = 0; j < n; j++)
+            std::memcpy(job.wide + (col + j) * job.transposed + to_row, columns + j * TILE, 2 * num_rows);
     }
 }
 
@@ -134,19 +177,19 @@ template <class In, bool POWER, bool CODES, bool WIDE>
 void encode_all(const In* x, const Job& job, int tile_rows, int tile_cols) {
     long strips = (job.cols + TILE - 1) / TILE;
     for (long b = 0; b < job.num_blocks; b++) {
-        long start = job.bounds[b], num_rows = job.bounds[b + 1] - start;
+        long start = job.bounds[b], num_rows = job.bounds[b + 1] - start, to_row = job.to ? job.to[b] : start;
         for (long strip = 0; strip < strips; strip++) {
             long col = strip * TILE, n = std::min(TILE, job.cols - col);
             if (tile_cols == 1)
-                encode_block<In, POWER, CODES, WIDE, true>(x, job, start, num_rows, col, n, b * job.cols + col);
+                encode_block<In, POWER, CODES, WIDE, true>(x, job, start, num_rows, col, n, b * job.cols + col, to_row);
             else if (tile_rows == TILE)
-                encode_block<In, POWER, CODES, WIDE, false>(x, job, start, num_rows, col, n, b * strips + strip);
+                encode_block<In, POWER, CODES, WIDE, false>(x, job, start, num_rows, col, n, b * strips + strip, to_row);
         }
         if (tile_rows == 1)
             for (long i = start; i < start + num_rows; i++)
                 for (long strip = 0; strip < strips; strip++) {
                     long col = strip * TILE, n = std::min(TILE, job.cols - col);
-                    encode_block<In, POWER, CODES, WIDE, false>(x, job, i, 1, col, n, i * strips + strip);
+                    encode_block<In, POWER, CODES, WIDE, false>(x, job, i, 1, col, n, i * strips + strip, to_row + i - start);
                 }
     }
 }
@@ -273,8 +316,8 @@ extern "C" {
 // scales: FP32 or one byte each, [rows or blocks, strips or cols] as the tile says.
 void fp8_quantise(const void* x, int is_float, long cols, long stride, const int64_t* bounds, long num_blocks,
                   int tile_rows, int tile_cols, int power_of_two, float floor, uint8_t* codes, uint16_t* wide,
-                  void* scales) {
-    Job job{cols, stride, bounds, num_blocks, floor, codes, wide, scales};
+                  void* scales, const int64_t* to, long transposed) {
+    Job job{cols, stride, bounds, num_blocks, floor, codes, wide, scales, to, transposed};
     if (is_float)
         encode(static_cast<const float*>(x), job, tile_rows, tile_cols, power_of_two);
     else
@@ -284,7 +327,7 @@ void fp8_quantise(const void* x, int is_float, long cols, long stride, const int
 // out: BF16 or FP32 [rows, cols]; scales null: the codes' own values.
 void fp8_dequantise(const uint8_t* codes, const void* scales, long cols, const int64_t* bounds, long num_blocks,
                     int tile_rows, int tile_cols, int power_of_two, int is_float, void* out) {
-    Job job{cols, cols, bounds, num_blocks, 0, nullptr, nullptr, nullptr};
+    Job job{cols, cols, bounds, num_blocks, 0, nullptr, nullptr, nullptr, nullptr, 0};
     auto run = [&](auto* to) {
         using Out = std::remove_reference_t<decltype(*to)>;
         if (scales)
@@ -296,6 +339,21 @@ void fp8_dequantise(const uint8_t* codes, const void* scales, long cols, const i
         run(static_cast<float*>(out));
     else
         run(static_cast<uint16_t*>(out));
+}
+
+// E4M3 in 1x128 tiles with exponents -> BF16 rounded in 128x1 tiles with exponents `scales`, a block of rows at a time.
+void fp8_requantise(const uint8_t* codes, const uint8_t* exponents, long cols, const int64_t* bounds, long num_blocks,
+                    float floor, uint16_t* wide, uint8_t* scales, const int64_t* to, long transposed) {
+    std::vector<uint16_t> scratch(TILE * cols);
+    long strips = (cols + TILE - 1) / TILE;
+    for (long b = 0; b < num_blocks; b++) {
+        int64_t local[2] = {0, bounds[b + 1] - bounds[b]};
+        Job in{cols, cols, local, 1, 0, nullptr, nullptr, nullptr, nullptr, 0};
+        decode_rows<uint16_t, true>(codes + bounds[b] * cols, in, exponents + bounds[b] * strips, 1, TILE, true,
+                                    scratch.data());
+        Job out{cols, cols, local, 1, floor, nullptr, wide, scales + b * cols, to + b, transposed};
+        encode_all<uint16_t, true, false, true>(scratch.data(), out, TILE, 1);
+    }
 }
 
 // high [rows, cols], low [rows, (cols + 1) / 2], exponents [rows, strips].

@@ -1,12 +1,13 @@
 """The fast products against the exact ones."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from model.fp8.formats import Scales, Tile
+from model.fp8.formats import Layout, Scales, Tile
 from model.fp8.gemm import ExactProducts, FastProducts
 from model.fp8.quantise import Quantiser
 from tests.model.fp8.data import KERNELS, relative_error, wild
@@ -23,13 +24,15 @@ def test_fast_form_is_the_exact_one_rounded_to_bf16(
     x, grad = wild((num_rows, inner), seed=0, octaves=0), wild((num_rows, out), seed=1, octaves=0)
     weight = wild((groups, out, inner), seed=2, octaves=0)
     rows, columns, blocks = (Quantiser(tile, scales, kernels=KERNELS["native"]) for tile in Tile)
+    left, right = (Layout.PLAIN,) * 2 if scales is Scales.FP32 else (Layout.TURNED, Layout.PADDED)
+    turned, padded = (replace(columns, layout=layout) for layout in (left, right))
     found: list[list[torch.Tensor]] = []
     forms: list[Any] = [ExactProducts(), FastProducts()]
     for products in forms:
         kept, x_rows = products.cached(rows, x, counts)
         w = products.rounded(blocks, weight, (out,) * groups)
         acc = torch.ones(groups, out, inner)
-        products.add_wgrad(acc, products.rounded(columns, grad, counts), products.requantised(columns, kept))
+        products.add_wgrad(acc, products.rounded(turned, grad, counts), products.requantised(padded, kept))
         found.append([products.fprop(x_rows, w), products.dgrad(products.rounded(rows, grad, counts), w), acc - 1])
     for exact, fast in zip(*found, strict=True):
         assert exact.shape == fast.shape

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.fp8.formats import QuantisedTensor, Rows, Scales, Tile, scale_shape
+from model.fp8.formats import Layout, QuantisedTensor, Rows, Scales, Tile, scale_shape
 from model.fp8.quantise import Kernels, Quantiser, first_non_finite
 from tests.model.fp8.data import KERNELS, all_bf16, oracle_codes, oracle_scales, relative_error, same_bits, wild
 
@@ -104,6 +104,22 @@ def test_native_kernels_give_the_bits_of_plain_torch(
     for wanted in (torch.bfloat16, torch.float32):
         assert same_bits(plain.kernels.decode(a, wanted), native.kernels.decode(b, wanted))
     assert same_bits(plain.as_operand(a).values, wide_b.values)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=4), columns=st.integers(1, 300),
+    layout=st.sampled_from(Layout), seed=st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_layouts_hold_the_same_numbers(counts: list[int], columns: int, layout: Layout, seed: int) -> None:
+    x = wild((sum(counts), columns), seed=seed, octaves=3)
+    for tile in (Tile.COLUMN, Tile.ROW) if layout is not Layout.TURNED else (Tile.COLUMN,):
+        plain, native = (Quantiser(tile, kernels=kernels, layout=layout) for kernels in KERNELS.values())
+        wanted, found = (quantiser.operand(x, tuple(counts)) for quantiser in (plain, native))
+        assert same_bits(wanted.values, found.values) and found.layout is layout
+        cached = Quantiser(Tile.ROW).quantise(x, tuple(counts))
+        wanted, found = (quantiser.requantised_operand(cached) for quantiser in (plain, native))
+        assert same_bits(wanted.values, found.values)
 
 
 @kernels_of_both
