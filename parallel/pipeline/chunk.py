@@ -6,7 +6,7 @@ order give what `Transformer.forward` and its backward give, bitwise but for the
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -38,8 +38,8 @@ class Chunk(Protocol):
         """Give the forward its input; before the first phase."""
         ...
 
-    def begin_backward(self, grad_BSD: Tensor | None, *, put_off: bool) -> None:
-        """Give the backward its input; put_off: weight gradients wait for `weights` phases."""
+    def begin_backward(self, grad_BSD: Tensor | None) -> None:
+        """Give the backward its input; weight gradients wait for `weights` phases."""
         ...
 
     def run(self, phase: Phase) -> None:
@@ -162,7 +162,7 @@ class ModelChunk:
         self._num_halves, self._recompute = halves, recompute
         self._links: dict[int, _Link] = {}
         self._losses = Losses()
-        self._put_off: dict[int, Contributions] | None = None
+        self._put_off: dict[int, Contributions] = {}
         self._grad_BSD: Tensor | None = None
         self._hidden_BSD: Tensor | None = None
         self.output: Tensor | None = None
@@ -173,10 +173,9 @@ class ModelChunk:
         """See `Chunk`."""
         self._hidden_BSD = None if hidden_BSD is None else hidden_BSD.requires_grad_()
 
-    def begin_backward(self, grad_BSD: Tensor | None, *, put_off: bool) -> None:
+    def begin_backward(self, grad_BSD: Tensor | None) -> None:
         """See `Chunk`."""
         self._grad_BSD = grad_BSD
-        self._put_off = {} if put_off else None
 
     def run(self, phase: Phase) -> None:
         """See `Chunk`."""
@@ -289,8 +288,6 @@ class ModelChunk:
     # Backward
 
     def _grads_of(self, number: int) -> AbstractContextManager[None]:
-        if self._put_off is None:
-            return nullcontext()
         return self._sink.collecting(self._put_off.setdefault(number, []))
 
     def _leave(self, number: int) -> None:
@@ -351,9 +348,8 @@ class ModelChunk:
         self._leave(number)
 
     def _weights(self, number: int) -> None:
-        for link in sorted(self._put_off or {}, reverse=True):
+        for link in sorted(self._put_off, reverse=True):
             if link >= number:
-                assert self._put_off is not None
                 self._sink.run(self._put_off.pop(link))
 
 

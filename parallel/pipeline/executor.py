@@ -12,9 +12,8 @@ from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action, Message, Schedule
 from parallel.pipeline.check import check
 from parallel.pipeline.chunk import Chunk, Stages
-from parallel.pipeline.overlap import Placed, Work, halves_of, plan
+from parallel.pipeline.overlap import Work, completes, halves_of, plan
 from parallel.pipeline.p2p import Mailbox
-from parallel.pipeline.phases import Phase
 
 OnAction = Callable[[Action], None]
 
@@ -98,37 +97,24 @@ class _Step:
 
     def do(self, work: Work) -> None:
         """Run the phases in their order; a chunk takes its input before its first phase and sends after its last."""
-        phases = work.phases
-        if self._waits_longer_than_it_could_fill(work):
-            phases = tuple(sorted(phases, key=lambda placed: placed.action.kind != "W"))
         for action in work.actions:
             self.executor.on_action(action)
         begun: set[Action] = set()
         finished: set[Action] = set()
         # Messages of two ranks match by order alone, so those of a pair leave in the order of the schedule's list.
         to_send = deque(action for action in work.actions if action.kind != "W")
-        for placed in phases:
+        for placed in work.phases:
             if placed.action not in begun:
                 begun.add(placed.action)
                 self._begin(placed.action)
             self.chunks[_key(placed.action)].run(placed.phase)
-            if self._ends(placed):
+            if completes(placed, num_links=self.executor.stages.num_links(placed.action.stage)):
                 finished.add(placed.action)
                 while to_send and to_send[0] in finished:
                     self._send(to_send.popleft())
         for action in work.actions:
             if action.kind in "BW":
                 del self.chunks[_key(action)]
-
-    def _waits_longer_than_it_could_fill(self, work: Work) -> bool:
-        """Weight gradients joined to an input gradient whose message has not come: they need not wait for it."""
-        if [action.kind for action in work.actions] != ["W", "I"]:
-            return False
-        needed = self.executor.schedule.inputs(work.actions[1])
-        return needed is not None and not self.mailbox.has_come(needed)
-
-    def _last_link(self, action: Action) -> int:
-        return self.executor.stages.num_links(action.stage) - 1
 
     def _begin(self, action: Action) -> None:
         executor, key = self.executor, _key(action)
@@ -143,15 +129,7 @@ class _Step:
             executor.peak_live = max(executor.peak_live, len(self.chunks))
             assert len(self.chunks) <= executor.peak_allowed, f"{len(self.chunks)} live at {action.describe()}"
         elif action.kind in "BI":
-            # Uncut, a whole backward computes weight gradients as it goes and frees their inputs soonest.
-            self.chunks[key].begin_backward(tensor, put_off=action.kind == "I" or self._last_link(action) > 0)
-
-    def _ends(self, placed: Placed) -> bool:
-        """Whether the action's message is ready after this phase; a gradient is before its own weight gradients."""
-        kind, last = placed.action.kind, self._last_link(placed.action)
-        if kind == "F":
-            return placed.phase.kind == "end"
-        return kind != "W" and placed.phase == Phase("attend_grad" if last else "end_grad", 0)
+            self.chunks[key].begin_backward(tensor)
 
     def _send(self, action: Action) -> None:
         chunk, message = self.chunks[_key(action)], self.executor.schedule.output(action)

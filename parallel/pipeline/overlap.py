@@ -1,8 +1,8 @@
 """From a rank's actions to the phases it issues: what the executor interprets and the simulator prices. No torch.
 
-Three things hide transfers, each switched by `Overlap`: a pair interleaves its two chunks; a chunk without a partner in
-its forward or its backward goes through the layer in two halves; and weight gradients run under the transfers of the
-chunk itself (B, or I with its own W next to it) or of the input gradient that follows them (W then I).
+Three things hide transfers: a pair interleaves its two chunks; a chunk without a partner in its forward or its backward
+goes through the layer in two halves; and weight gradients run under the transfers of their own chunk (B, or I with its
+own W after it). A gradient leaves for the stage before as soon as it is there, before the chunk's last weights'.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,15 +80,21 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
         if isinstance(step, Pair) and level != "off":
             work.append(Work(parts(step), pair(step)))
         elif isinstance(step, tuple):
-            first, second = step
-            if first.kind == "I":  # its own W
-                placed = tuple(Placed(first, phase) for phase in backward(first, weights=True))
-            else:
-                placed = tuple(_filled(backward(second, weights=False), second, first))
+            placed = tuple(Placed(step[0], phase) for phase in backward(step[0], weights=True))
             work.append(Work(step, placed))
         else:
             work += [Work((action,), place(action)) for action in parts(step)]
     return work
+
+
+def completes(placed: Placed, *, num_links: int) -> bool:
+    """Whether the action's message is ready after this phase: an activation at the end, a gradient before its weights.
+
+    Messages of one `Work` leave in the order of its actions, the only order in which two ranks match them.
+    """
+    if placed.action.kind == "F":
+        return placed.phase.kind == "end"
+    return placed.phase == Phase("attend_grad" if num_links > 1 else "end_grad", 0) and placed.action.kind != "W"
 
 
 def _interleaved(sides: tuple[tuple[Action, list[Program]], ...]) -> Iterator[Placed]:
@@ -103,24 +109,15 @@ def _interleaved(sides: tuple[tuple[Action, list[Program]], ...]) -> Iterator[Pl
 
 
 def _joined(steps: tuple[Step, ...], level: str) -> Iterator[Step | tuple[Action, Action]]:
-    """Steps, with each I beside a W taken together: with its own W after it, else with the W before it."""
-    i = 0
-    while i < len(steps):
-        here, following = steps[i], steps[i + 1] if i + 1 < len(steps) else None
-        i += 1
-        if level == "all" and isinstance(here, Action) and isinstance(following, Action):
-            own = here.kind == "I" and following == Action("W", here.stage, here.microbatch)
-            if own or (here.kind == "W" and following.kind == "I"):
-                yield here, following
-                i += 1
+    """Steps, with each I whose own W comes next taken together with it."""
+    position = 0
+    while position < len(steps):
+        here, following = steps[position], steps[position + 1 : position + 2]
+        position += 1
+        if level == "all" and isinstance(here, Action) and here.kind == "I":
+            own = Action("W", here.stage, here.microbatch)
+            if following == (own,):
+                yield here, own
+                position += 1
                 continue
         yield here
-
-
-def _filled(program: Program, input_grad: Action, weights: Action) -> Iterator[Placed]:
-    """An input gradient with another chunk's weight gradients, link by link, under its transfers to the experts."""
-    for phase in program:
-        yield Placed(input_grad, phase)
-        if phase.kind == "shared_grad":
-            yield Placed(weights, Phase("weights", phase.link))
-    yield Placed(weights, Phase("weights", 0))

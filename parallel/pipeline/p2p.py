@@ -73,13 +73,6 @@ class Mailbox:
             self._posted[message] = _Pending(tensor, work)
             number -= 1
 
-    def has_come(self, message: Message) -> bool:
-        """Whether `receive` would return without waiting, as far as is known."""
-        if message in self._local:
-            return True
-        pending = self._posted.get(message)
-        return pending is not None and pending.work.is_completed()
-
     def receive(self, message: Message) -> Tensor:
         """The tensor of a message, waiting for it if need be; PipelineError if its sender fails."""
         if message in self._local:

@@ -84,10 +84,13 @@ def waits_for(phase: Phase, *, halves: int = 1) -> tuple[Phase, ...]:
 
 
 def turns(program: Program, *, halves: int = 1) -> list[Program]:
-    """The program cut in front of every phase that waits: between two turns somebody else may compute."""
+    """The program cut in front of every phase that waits: between two turns somebody else may compute.
+
+    Both halves stay in one turn: the partner hides the first one's transfer, and that hides the second one's.
+    """
     found: list[list[Phase]] = [[]]
     for phase in program:
-        if waits_for(phase, halves=halves) and found[-1]:
+        if phase.half == 0 and waits_for(phase, halves=halves) and found[-1]:
             found.append([])
         found[-1].append(phase)
     return [tuple(turn) for turn in found]

@@ -68,7 +68,7 @@ def by_phases(config: ModelConfig, layers: range, *, halves: int, recompute: str
     for phase in forward_program(stages.num_links(0), halves=halves):
         chunk.run(phase)
     grad = None if chunk.output is None else torch.cos(chunk.output)
-    chunk.begin_backward(grad, put_off=True)
+    chunk.begin_backward(grad)
     for phase in backward_program(stages.num_links(0), halves=halves, weights=not split):
         chunk.run(phase)
     if split:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from parallel.pipeline.actions import Action, Pair, parts
-from parallel.pipeline.overlap import LEVELS, Work, halves_of, plan
+from parallel.pipeline.overlap import LEVELS, Work, completes, halves_of, plan
 from parallel.pipeline.phases import Phase, backward_program, forward_program, turns, waits_for
 from parallel.pipeline.schedules import build
 
@@ -76,7 +76,7 @@ def test_turns_begin_where_something_is_awaited() -> None:
     cut = turns(program, halves=2)
     assert tuple(phase for turn in cut for phase in turn) == program
     assert all(waits_for(turn[0], halves=2) for turn in cut[1:])
-    assert not any(waits_for(phase, halves=2) for turn in cut for phase in turn[1:])
+    assert not any(waits_for(phase, halves=2) for turn in cut for phase in turn[1:] if phase.half == 0)
 
 
 def test_chunks_without_a_partner_go_in_halves() -> None:
@@ -94,18 +94,23 @@ def test_chunks_without_a_partner_go_in_halves() -> None:
     assert halves_of(schedule, "pairs") == halves_of(schedule, "off") == {}
 
 
-def test_weight_gradients_join_the_input_gradient_beside_them() -> None:
-    """I with its own W becomes one backward; W before another I runs under that one's transfers."""
-    schedule = build("dualpipe", num_ranks=8, num_microbatches=16)
-    ranks = [plan(schedule, rank, num_links=lambda stage: 3, level="all") for rank in range(8)]
-    work = [w for rank in ranks for w in rank if len(w.actions) == 2]
-    own = [w for w in work if [a.kind for a in w.actions] == ["I", "W"]]
-    filled = [w for w in work if [a.kind for a in w.actions] == ["W", "I"]]
-    assert own and filled
-    for w in own:
-        i, weights = w.actions
-        assert weights == Action("W", i.stage, i.microbatch)
+def test_an_input_gradient_with_its_own_weights_next_is_one_backward() -> None:
+    work = [w for rank in range(4) for w in work_of("dualpipe", rank, "all")]
+    joined = [w for w in work if [a.kind for a in w.actions] == ["I", "W"]]
+    assert joined
+    for w in joined:
+        assert w.actions[1] == Action("W", w.actions[0].stage, w.actions[0].microbatch)
         assert [p.phase for p in w.phases] == list(backward_program(3, halves=2, weights=True))
-    for w in filled:
-        kinds = [(p.action.kind, p.phase.kind) for p in w.phases]
-        assert kinds.index(("I", "shared_grad")) < kinds.index(("W", "weights")) < kinds.index(("I", "experts_grad"))
+
+
+@pytest.mark.parametrize("links", [1, 3])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_message_is_ready_once_and_a_gradient_before_its_own_last_weights(level: str, links: int) -> None:
+    for rank in range(4):
+        for w in work_of("dualpipe", rank, level, links=links):
+            ready = [p.action for p in w.phases if completes(p, num_links=links)]
+            assert sorted(map(str, ready)) == sorted(str(a) for a in w.actions if a.kind != "W")
+            for p in w.phases:
+                if p.action.kind == "B" and completes(p, num_links=links):
+                    rest = w.phases[w.phases.index(p) + 1 :]
+                    assert any(q.action == p.action and q.phase.kind == "weights" for q in rest)
