@@ -102,7 +102,14 @@ def bench_step(config: RunConfig, *, warmup: int, repetitions: int) -> dict[str,
 
 
 def bench(argv: list[str]) -> int:
-    """`expertpipe bench step [--json] [overrides]`; without overrides the shape of experiment=bench85m."""
+    """`expertpipe bench step [--json] [overrides]`; without overrides the shape of experiment=bench85m.
+
+    `expertpipe bench alltoall` is `launcher.bench_alltoall`.
+    """
+    if argv[:1] == ["alltoall"]:
+        from launcher.bench_alltoall import bench_alltoall
+
+        return bench_alltoall(argv[1:])
     if os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
         # OpenMP reads it when torch is loaded, which has happened: start again with it set.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
