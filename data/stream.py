@@ -10,7 +10,7 @@ import numpy as np
 from data.draws import Purpose, draw, threshold
 from data.fim import FimTokens, plain
 from data.index import TokenFile, TokenFileError, file_size, map_array, sibling
-from data.tokens import Manifest, file_problems
+from data.tokens import Manifest, Shards, changed_files, open_shards
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,14 @@ class TokenStream:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.manifest = Manifest.read(prefix) if sibling(prefix, ".json").exists() else None
-        found = file_problems(prefix, self.manifest) if self.manifest else []
-        if found:
-            raise TokenFileError("; ".join(found))
-        prefixes = self.manifest.shard_prefixes(prefix) if self.manifest else [Path(prefix)]
-        self._shards = [TokenFile(shard) for shard in prefixes]
-        dtypes = {shard.dtype for shard in self._shards}
-        if len(dtypes) > 1:
-            names = ", ".join(sorted(dtype.name for dtype in dtypes))
-            raise TokenFileError(f"{prefix}: shards of {names}; prepare the data again")
+        if self.manifest is None:
+            shards = Shards((TokenFile(prefix),), [])
+        else:
+            changed = changed_files(prefix, self.manifest)
+            shards = Shards((), changed) if changed else open_shards(prefix, self.manifest)
+        if shards.problems:
+            raise TokenFileError("; ".join(shards.problems))
+        self._shards = shards.files
         self._begins = np.cumsum([0, *(shard.num_tokens for shard in self._shards)]).tolist()
         self._first_documents = np.cumsum([0, *(shard.num_documents for shard in self._shards)]).tolist()
         self.num_tokens, self.num_documents = self._begins[-1], self._first_documents[-1]

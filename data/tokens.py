@@ -250,6 +250,11 @@ def problems(prefix: str | Path, vocab_size: int, sequence_length: int, *, hashe
 
 def file_problems(prefix: str | Path, manifest: Manifest, *, hashes: bool = False) -> list[str]:
     """Files that are missing, cut, changed or at odds with the manifest, one message each; see `problems`."""
+    return changed_files(prefix, manifest, hashes=hashes) or open_shards(prefix, manifest, scan=hashes).problems
+
+
+def changed_files(prefix: str | Path, manifest: Manifest, *, hashes: bool = False) -> list[str]:
+    """Files whose size, time or (with hashes) content is not what PREFIX.json vouches for, one message each."""
     found = []
     path = sibling(prefix, ".json")
     written_ns = path.stat().st_mtime_ns
@@ -270,36 +275,41 @@ def file_problems(prefix: str | Path, manifest: Manifest, *, hashes: bool = Fals
                 )
         except (TokenFileError, OSError) as error:
             found.append(str(error))
-    if found:
-        return found
-    return _index_problems(prefix, manifest, scan=hashes)
+    return found
 
 
-def _index_problems(prefix: str | Path, manifest: Manifest, *, scan: bool) -> list[str]:
-    """What the shards' own indices say against themselves and the manifest."""
-    found, tokens, documents, dtypes = [], 0, 0, []
+@dataclass(frozen=True)
+class Shards:
+    """The token files of one manifest, and what their own indices say against themselves and it."""
+
+    files: tuple[TokenFile, ...]
+    problems: list[str]
+
+
+def open_shards(prefix: str | Path, manifest: Manifest, *, scan: bool = False) -> Shards:
+    """Opens every shard; scan: every entry of every index, and every token against the manifest's largest."""
+    found, files = [], []
     for shard in manifest.shard_prefixes(prefix):
         try:
             token_file = TokenFile(shard, scan=scan or None)
         except (TokenFileError, OSError) as error:
             found.append(str(error))
             continue
-        tokens, documents = tokens + token_file.num_tokens, documents + token_file.num_documents
-        dtypes.append(token_file.dtype.name)
+        files.append(token_file)
         largest = int(token_file.tokens.max()) if scan and token_file.num_tokens else -1
         if largest > manifest.max_token_id:
             at = int(np.argmax(token_file.tokens == largest)) * token_file.dtype.itemsize
             found.append(
                 f"{shard}.bin: byte {at}: id {largest}, its manifest says at most {manifest.max_token_id}; {_AGAIN}"
             )
-    if found:
-        return found
-    if (tokens, documents, set(dtypes)) != (manifest.num_tokens, manifest.num_documents, {manifest.dtype}):
+    tokens, documents = (sum(getattr(file, key) for file in files) for key in ("num_tokens", "num_documents"))
+    dtypes = {file.dtype.name for file in files}
+    if not found and (tokens, documents, dtypes) != (manifest.num_tokens, manifest.num_documents, {manifest.dtype}):
         found.append(
-            f"{prefix}.idx: {tokens} tokens, {documents} documents of {', '.join(sorted(set(dtypes)))}, its manifest "
+            f"{prefix}.idx: {tokens} tokens, {documents} documents of {', '.join(sorted(dtypes))}, its manifest "
             f"says {manifest.num_tokens}, {manifest.num_documents} of {manifest.dtype}; prepare the data again"
         )
-    return found
+    return Shards(tuple(files), found)
 
 
 def accept(prefix: str | Path) -> list[str]:

@@ -161,3 +161,13 @@ def test_all_sources_problems_are_named(three):
     with pytest.raises(TokenFileError) as caught:
         Loader(config)
     assert "b.bin: byte 0: truncated" in str(caught.value) and "c.idx: No such file" in str(caught.value)
+
+
+def test_places_are_computed_for_many_micro_batches_at_once(prefix, monkeypatch):
+    loader, calls = Loader(DataConfig(prefix, sequence_length=16)), []
+    resolve = loader._resolve
+    monkeypatch.setattr(loader, "_resolve", lambda ids: calls.append(len(ids)) or resolve(ids))
+    for consumed in range(0, 8000, 16):
+        for microbatch in range(4):
+            loader.microbatch(consumed=consumed, microbatch=microbatch, data_rank=1, data_size=2, micro_batch_size=2)
+    assert len(calls) <= 16 and sum(calls) < 2 * 4000 + 2 * 256
