@@ -39,7 +39,7 @@ class LayerCosts:
     def even(
         cls, compute: float, transfer: float, *, attend: float = 0.5, shared: float = 0.1, dispatch: float = 0.5
     ) -> "LayerCosts":
-        """F, I and W compute alike, F and I transfer alike. attend, shared, dispatch: shares; the rest is the others'."""
+        """F, I and W compute alike, F and I transfer alike. attend, shared, dispatch: shares of the whole."""
         parts = [compute * share for share in (attend, shared, 1 - attend - shared)]
         moves = [transfer * share for share in (dispatch, 1 - dispatch)]
         return cls(*parts, *moves, *parts, *moves, *parts)

@@ -1,5 +1,7 @@
 """The checker catches every planted fault and names it; sound lists pass."""
 
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 
 from parallel.pipeline.actions import Action, Message, Pair, Schedule, Step, parts
 from parallel.pipeline.check import InvalidSchedule, check
-from parallel.pipeline.schedules import build
+from parallel.pipeline.schedules import SCHEDULES, build
 
+EVERY = [build(name, num_ranks=4, num_microbatches=m) for name in SCHEDULES for m in (3, 9)]
 DUALPIPE = build("dualpipe", num_ranks=4, num_microbatches=8)
 PLAIN = build("1f1b", num_ranks=3, num_microbatches=4)
 
@@ -39,7 +42,7 @@ def position(schedule: Schedule, rank: int, action: Action) -> int:
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_missing_action_is_named(data: st.DataObject) -> None:
-    schedule = flat(data.draw(st.sampled_from([DUALPIPE, PLAIN])))
+    schedule = flat(data.draw(st.sampled_from(EVERY)))
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     steps = list(schedule.ranks[rank])
     gone = steps.pop(data.draw(st.integers(0, len(steps) - 1)))
@@ -50,7 +53,7 @@ def test_any_missing_action_is_named(data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_doubled_action_is_named(data: st.DataObject) -> None:
-    schedule = flat(data.draw(st.sampled_from([DUALPIPE, PLAIN])))
+    schedule = flat(data.draw(st.sampled_from(EVERY)))
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     steps = list(schedule.ranks[rank])
     twice = data.draw(st.sampled_from(steps))
@@ -61,7 +64,7 @@ def test_any_doubled_action_is_named(data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_misplaced_action_is_named_with_both_ranks(data: st.DataObject) -> None:
-    schedule = flat(data.draw(st.sampled_from([DUALPIPE, PLAIN])))
+    schedule = flat(data.draw(st.sampled_from(EVERY)))
     source = data.draw(st.integers(0, schedule.num_ranks - 1))
     target = data.draw(st.integers(0, schedule.num_ranks - 1).filter(lambda rank: rank != source))
     steps = list(schedule.ranks[source])
@@ -129,7 +132,7 @@ def test_ranks_that_queue_behind_a_cycle_are_not_printed() -> None:
 @given(st.data())
 def test_whatever_the_checker_passes_runs_to_its_end(data: st.DataObject) -> None:
     """Any exchange of two neighbours on one rank is judged as a plain walk over the lists judges it."""
-    schedule = flat(data.draw(st.sampled_from([DUALPIPE, PLAIN])))
+    schedule = flat(data.draw(st.sampled_from(EVERY)))
     rank = data.draw(st.integers(0, schedule.num_ranks - 1))
     steps = list(schedule.ranks[rank])
     at = data.draw(st.integers(0, len(steps) - 2))
@@ -178,6 +181,43 @@ def test_peaks_count_what_a_walk_over_the_list_counts() -> None:
                 waiting.remove(key)
             most, most_waiting = max(most, len(live)), max(most_waiting, len(waiting))
         assert (peaks.live_activations[rank], peaks.deferred_weight_grads[rank]) == (most, most_waiting)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_planted_cycle_is_printed(data: st.DataObject) -> None:
+    """A rank does a forward only after the backward of the same micro-batch on a later stage of its own or a peer's."""
+    schedule = flat(data.draw(st.sampled_from(EVERY)))
+    rank = data.draw(st.integers(0, schedule.num_ranks - 1))
+    steps = list(schedule.ranks[rank])
+    at = data.draw(st.sampled_from([i for i, a in enumerate(steps) if isinstance(a, Action) and a.kind == "F"]))
+    forward = steps.pop(at)
+    assert isinstance(forward, Action)
+    last = max(i for i, a in enumerate(steps) if isinstance(a, Action) and a.kind in "BI" and same(a, forward))
+    steps.insert(last + 1, forward)
+    message = fault(with_rank(schedule, rank, steps))
+    assert "deadlock: rank " in message and " waits for " in message
+    ranks = [int(found) for found in re.findall(r"rank (\d+) at", message)]
+    others = [int(found) for found in re.findall(r"from rank (\d+)", message)]
+    assert others == [*ranks[1:], ranks[0]]  # each waits for the next, the last for the first
+
+
+def same(a: Action, b: Action) -> bool:
+    return (a.stage, a.microbatch) == (b.stage, b.microbatch)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_largest_shape_is_judged_in_seconds(name: str) -> None:
+    schedule = build(name, num_ranks=64, num_microbatches=512)
+    started = time.process_time()
+    check(schedule)
+    assert time.process_time() - started < 10  # half a second on an idle core
+
+
+def test_a_flood_of_faults_is_cut_short() -> None:
+    empty = replace(DUALPIPE, ranks=((),) * 4)
+    assert fault(empty).endswith("and 20 more")
+    assert fault(replace(PLAIN, num_stages=5)).endswith("does not put 5 stages on each of 3 ranks")
 
 
 def test_a_pair_is_written_as_torch_writes_it() -> None:
