@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -211,7 +212,7 @@ def _read_lines(unit: Unit, key: str, count_line: Callable[[], None]) -> Iterato
         while unit.kind == "jsonl.gz" or offset < unit.end:
             try:
                 raw = stream.readline()
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 yield _reject(file, line + 1, None, "damaged gzip", f"{error}: nothing after this was read", b"")
                 return
             if not raw:

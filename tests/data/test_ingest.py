@@ -210,10 +210,14 @@ def test_files_that_hold_no_text_are_set_aside(tmp_path, tokenizer):
     (folder / "empty.txt").write_text("")
     (folder / "link.txt").symlink_to(folder / "good.txt")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 2000)[:-30])
+    flipped = bytearray(gzip.compress("".join(f'{{"text": "{text(n)!r}"}}\n' for n in range(99)).encode()))
+    flipped[len(flipped) // 2] ^= 0xFF
+    (folder / "flipped.jsonl.gz").write_bytes(flipped)
     done = run([folder], tmp_path / "out", Recipe(tokenizer, heldout_fraction=0.0))
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     found = {(Path(reject["file"]).name, reject["reason"], reject["byte_offset"]) for reject in rejects}
-    assert found == {
+    assert ("flipped.jsonl.gz", "damaged gzip", None) in found
+    assert {row for row in found if row[0] != "flipped.jsonl.gz"} == {
         (".git", "hidden folder", None),
         ("link.txt", "symbolic link", None),
         ("bad.bin", "invalid UTF-8", 3),
