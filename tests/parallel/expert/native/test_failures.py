@@ -10,7 +10,7 @@ from torch import Tensor
 from parallel.expert.native.dispatcher import Geometry, NativeConfig, checked_shape
 from parallel.expert.native.failure import NativeError
 from parallel.expert.native.host import NativeHostDispatcher
-from parallel.expert.native.library import bind, host_library
+from parallel.expert.native.library import bind_host
 from parallel.expert.native.window import Window
 from tests.parallel.expert.native.reference import on_threads, routing
 
@@ -126,7 +126,7 @@ def test_what_the_kernels_find_ends_all(how: str) -> None:
 def test_dead_network_is_named_by_role_and_channel() -> None:
     """Rank 1's network stops after the notify stage and two messages."""
     config, dead = NativeConfig(timeout_seconds=TIMEOUT), NativeConfig(timeout_seconds=TIMEOUT, dead_after=4)
-    window = Window.in_process(bind(host_library()).ep_window_bytes(checked_shape(GEOMETRY, config)) * 4)
+    window = Window.in_process(bind_host().ep_window_bytes(checked_shape(GEOMETRY, config)) * 4)
     dispatchers = [
         NativeHostDispatcher(window, geometry=GEOMETRY, config=dead if rank == 1 else config, rank=rank)
         for rank in range(4)

@@ -47,8 +47,8 @@ def test_no_spills_no_stack_registers_within_budget() -> None:
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(("version", "whole", "words"), [
-    (22907, True, "NCCL 2.30.4 \\(23004\\) or newer is needed, this one is 22907"),
-    (22804, False, "this NCCL is older than 2.30.4: it has no ncclDevCommCreate"),
+    (22907, True, r"NCCL 2\.30\.4 \(23004\) or newer is needed, this one is 22907"),
+    (22804, False, r"this NCCL is older than 2\.30\.4: it has no ncclDevComm"),
 ])  # fmt: skip
 def test_an_old_nccl_is_refused(tmp_path: Path, version: int, whole: bool, words: str) -> None:
     library = gpu.GpuLibrary(gpu_build.gpu_library(), fake_nccl(tmp_path, version, whole=whole))
@@ -59,7 +59,7 @@ def test_an_old_nccl_is_refused(tmp_path: Path, version: int, whole: bool, words
 @pytest.mark.slow
 @needs_nvcc
 def test_a_missing_nccl_is_refused() -> None:
-    with pytest.raises(NativeError, match="NCCL cannot be loaded: libnowhere.so"):
+    with pytest.raises(NativeError, match=r"NCCL cannot be loaded: libnowhere\.so"):
         gpu.GpuLibrary(gpu_build.gpu_library(), "libnowhere.so").unique_id()
 
 

@@ -1,4 +1,4 @@
-"""The host library: built once by ranks that start together, again when its source changes, and not without a compiler."""
+"""The host library: built once by ranks that start together, again when its source changes, not without g++."""
 
 import multiprocessing as mp
 import shutil
@@ -34,9 +34,9 @@ def test_ranks_build_once_and_a_change_builds_again(tmp_path: Path) -> None:
 
 def test_compiler_errors_and_a_missing_compiler_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "SOURCES", small_source(tmp_path / "csrc", "int one( {"))
-    with pytest.raises(NativeError, match="g\\+\\+ failed on the native_host library: .*error") as caught:
+    with pytest.raises(NativeError, match=r"g\+\+ failed on the native_host library: .*error") as caught:
         library.host_library(tmp_path)
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(NativeError, match="needs g\\+\\+"):
+    with pytest.raises(NativeError, match=r"needs g\+\+"):
         library.host_library(tmp_path)
