@@ -25,9 +25,12 @@ from launcher.config import ConfigError, TrainConfig
 from launcher.local import free_port
 from launcher.network import LINK, Node, network, sent_bytes
 from launcher.runtime import Process, process_group
+from model.fp8.formats import Tile
+from model.fp8.native import NativeKernels
+from model.fp8.quantise import Quantiser
 from parallel.config import ParallelConfig
 from parallel.expert.dispatchers import Tokens, build_dispatcher
-from parallel.expert.wire import row_bytes
+from parallel.expert.wire import QUANTISER, row_bytes
 
 BACKENDS = ("collective", "native", "native_host", "deepep", "flat")
 SECONDS = 600
@@ -126,6 +129,9 @@ def check(arguments: Namespace, num_ranks: int) -> None:
          f"--topk {a.topk} is more than the experts of --topk-groups {a.topk_groups} groups"),
         (a.namespaces and a.nodes > 200, f"--nodes {a.nodes}: at most 200 namespaces"),
         (a.namespaces and not a.link_mbit > 0, f"--link-mbit {a.link_mbit:g}: use a rate above 0"),
+        (a.namespaces and "native_host" in a.backend, "native_host crosses no network: leave out --namespaces"),
+        (not torch.cuda.is_available() and {"native", "deepep"} & {*a.backend},
+         "native and deepep need GPUs, and there are none: use collective, native_host or flat"),
         (not _pairs(a), "flat does not send fp8: add --dtype bf16"),
     )  # fmt: skip
     found = [message for wrong, message in rules if wrong]
@@ -185,14 +191,16 @@ def measure(arguments: Namespace, process: Process) -> list[Row]:
     """Every back end in turns, `repetitions` times after one to warm up; rows on all ranks."""
     size, world = process.world_size, dist.group.WORLD
     assert world is not None
-    tokens = Tokens(arguments.experts, arguments.topk, arguments.hidden)
+    tokens = Tokens(arguments.experts, arguments.topk, arguments.hidden, max_tokens=arguments.num_tokens)
     made = {}
     for backend, dtype in _pairs(arguments):
         config = ParallelConfig(
             data=size, expert=size, dispatcher=backend, ranks_per_node=size // arguments.nodes,
             dispatch_wire="fp8" if dtype == "fp8" else "model",
+            dispatch_grad_wire="fp8" if dtype == "fp8" else "model",
         )  # fmt: skip
-        built = build_dispatcher(config, world, tokens, timeout=timedelta(seconds=SECONDS))
+        timeout = timedelta(seconds=SECONDS)
+        built = build_dispatcher(config, world, tokens, timeout=timeout, quantiser=_quantiser(process, dtype))
         made[backend, dtype] = _Measured(built, [], [], [])
     ids = random_ids(arguments, process.rank).to(process.device)
     x = torch.randn(len(ids), arguments.hidden, dtype=torch.bfloat16, device=process.device)
@@ -236,6 +244,11 @@ def _node_over_link(process: Process, per_node: int) -> float | None:
     slowest = torch.tensor(seconds, device=process.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return float(slowest[1] / slowest[0])
+
+
+def _quantiser(process: Process, dtype: str) -> Quantiser:
+    """Compiled kernels on a CPU: in plain torch quantising would take longer than what it saves on the way."""
+    return Quantiser(Tile.ROW, kernels=NativeKernels()) if (process.device.type, dtype) == ("cpu", "fp8") else QUANTISER
 
 
 def _settled(link: str | None, process: Process) -> int:

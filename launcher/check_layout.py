@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launcher.config import RunConfig
+from parallel.config import wire_problems
 
 
 def check_experts(config: RunConfig) -> list[str]:
@@ -29,14 +30,7 @@ def check_nodes(config: RunConfig) -> list[str]:
     """An expert group is whole nodes or lies inside one, where the dispatcher knows nodes; wires need one that does."""
     parallel = config.parallel
     expert, host = parallel.expert, parallel.ranks_per_node
-    wires = ("dispatch_wire", "dispatch_grad_wire", "combine_wire")
-    found = []
-    if parallel.dispatcher != "collective":
-        chosen = [(key, getattr(parallel, key)) for key in wires if getattr(parallel, key) != "model"]
-        found += [
-            f"parallel.{key}={value} needs parallel.dispatcher=collective, not {parallel.dispatcher}"
-            for key, value in chosen
-        ]
+    found = wire_problems(parallel)
     if parallel.dispatcher == "flat" or host is None or min(expert, host) < 1:
         return found
     if expert % host == 0 or host % expert == 0:

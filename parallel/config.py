@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DISPATCHERS = ("flat", "collective", "native_host")
+DISPATCHERS = ("flat", "collective", "native_host", "native")
 DISPATCH_WIRES = ("model", "bf16", "fp32", "fp8")
 COMBINE_WIRES = ("model", "bf16", "fp32")
 
@@ -32,10 +32,10 @@ class ParallelConfig:
     # Computed again in the backward: none; attend: all of a layer but its experts; layer: the experts too.
     recompute: str = "none"  # none | attend | layer
     # flat: one all-to-all, a row for every (token, expert); collective: between nodes, then within the node, each token
-    # once over every link; native_host: the GPU kernel's source on the CPU, all ranks on one machine
+    # once over every link; native: the same by a kernel on GPUs, native_host: by its source on the CPUs of one machine
     dispatcher: str = "flat"
     ranks_per_node: int | None = None  # None: the processes started on each machine
-    # How rows travel, of collective (parallel/expert/wire.py): tokens, gradients on the same way, partial sums back.
+    # How rows travel (parallel/expert/wire.py): tokens, gradients on the same way, partial sums back.
     dispatch_wire: str = "model"  # model | bf16 | fp32 | fp8
     dispatch_grad_wire: str = "model"  # model | bf16 | fp32 | fp8
     combine_wire: str = "model"  # model | bf16 | fp32
@@ -44,3 +44,25 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Ranks the run needs."""
         return self.pipeline * self.data
+
+
+def wire_problems(config: ParallelConfig) -> list[str]:
+    """Wires that the dispatcher does not have, one message each."""
+    if config.dispatcher in ("collective", "deepep"):
+        return []
+    chosen = {key: getattr(config, key) for key in ("dispatch_wire", "dispatch_grad_wire", "combine_wire")}
+    if config.dispatcher not in ("native_host", "native"):
+        return [
+            f"parallel.{key}={value} needs parallel.dispatcher=collective, not {config.dispatcher}"
+            for key, value in chosen.items()
+            if value != "model"
+        ]
+    found = []
+    if chosen["dispatch_wire"] not in ("model", "fp8"):
+        found.append(f"parallel.dispatch_wire={chosen['dispatch_wire']} with {config.dispatcher}: use model or fp8")
+    if chosen["dispatch_grad_wire"] != chosen["dispatch_wire"]:
+        found.append(
+            f"parallel.dispatch_grad_wire={chosen['dispatch_grad_wire']} with {config.dispatcher}: use "
+            f"{chosen['dispatch_wire']}, as parallel.dispatch_wire"
+        )
+    return found

@@ -2,21 +2,36 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from model.dispatch import LocalDispatcher, TokenDispatcher
-from parallel.config import ParallelConfig
+from model.fp8.quantise import Quantiser
+from parallel.config import DISPATCHERS, ParallelConfig, wire_problems
 from parallel.expert.placement import PlacementError
+from parallel.expert.wire import QUANTISER
+
+DEEPEP_SMS = 24  # as in its published table
+
+
+class DispatcherError(ValueError):
+    """A back end that cannot be constructed as configured."""
+
+    user_error = True
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is dispatched: experts of a layer, how many a token chooses, and the size of a token's vector."""
+    """What is dispatched: experts of a layer, how many a token chooses, and the size of a token's vector.
+
+    max_tokens: most tokens of a rank, which only DeepEP's buffers need.
+    """
 
     num_experts: int
     top_k: int
     hidden_size: int
+    max_tokens: int | None = None
 
 
 def ranks_per_node(config: ParallelConfig, num_ranks: int) -> int:
@@ -35,12 +50,21 @@ def ranks_per_node(config: ParallelConfig, num_ranks: int) -> int:
 
 
 def build_dispatcher(
-    config: ParallelConfig, group: dist.ProcessGroup, tokens: Tokens, *, timeout: timedelta
+    config: ParallelConfig,
+    group: dist.ProcessGroup,
+    tokens: Tokens,
+    *,
+    timeout: timedelta,
+    quantiser: Quantiser = QUANTISER,
 ) -> TokenDispatcher:
     """The dispatcher of `config.dispatcher` over an expert group; all its ranks construct it together.
 
-    Raises PlacementError where the layout does not fit it, ValueError for a name that is none.
+    quantiser: of the fp8 wire of `collective`. Raises PlacementError where the layout does not fit the dispatcher,
+    DispatcherError for a name that is none here or a wire that it does not have.
     """
+    unfit = wire_problems(config)
+    if unfit:
+        raise DispatcherError(unfit[0])
     size = dist.get_world_size(group)
     if size == 1:
         return LocalDispatcher(tokens.num_experts)
@@ -53,12 +77,37 @@ def build_dispatcher(
         from parallel.expert.collective import CollectiveDispatcher, Wires
 
         wires = Wires(config.dispatch_wire, config.dispatch_grad_wire, config.combine_wire)
-        return CollectiveDispatcher(group, tokens.num_experts, ranks_per_node=per_node, wires=wires, timeout=timeout)
-    if config.dispatcher == "native_host":
-        from parallel.expert.native.host import NativeHostDispatcher
+        return CollectiveDispatcher(
+            group, tokens.num_experts, ranks_per_node=per_node, wires=wires, quantiser=quantiser, timeout=timeout
+        )
+    if config.dispatcher in ("native_host", "native"):
+        return _native(config, group, tokens, per_node, timeout)
+    if config.dispatcher == "deepep" and tokens.max_tokens is not None:
+        from parallel.expert.deepep import DeepEPDispatcher
 
-        return NativeHostDispatcher.over_group(
-            group, num_nodes=size // per_node, num_experts=tokens.num_experts, hidden_size=tokens.hidden_size,
-            top_k=tokens.top_k,
+        return DeepEPDispatcher(
+            group, tokens.num_experts, hidden=tokens.hidden_size, max_tokens=tokens.max_tokens, top_k=tokens.top_k,
+            num_sms=DEEPEP_SMS, wire="fp8" if config.dispatch_wire == "fp8" else "bf16",
         )  # fmt: skip
-    raise ValueError(f"parallel.dispatcher={config.dispatcher}: use flat, collective or native_host")
+    raise DispatcherError(f"parallel.dispatcher={config.dispatcher}: use {', '.join(DISPATCHERS)}")
+
+
+def _native(
+    config: ParallelConfig, group: dist.ProcessGroup, tokens: Tokens, per_node: int, timeout: timedelta
+) -> TokenDispatcher:
+    from parallel.expert.native.dispatcher import NativeConfig
+    from parallel.expert.native.gpu import NativeGpuDispatcher
+    from parallel.expert.native.host import NativeHostDispatcher
+
+    sizes: dict[str, Any] = {
+        "num_nodes": dist.get_world_size(group) // per_node, "num_experts": tokens.num_experts,
+        "hidden_size": tokens.hidden_size, "top_k": tokens.top_k,
+        "config": NativeConfig(
+            timeout_seconds=timeout.total_seconds(),
+            dispatch_wire="fp8" if config.dispatch_wire == "fp8" else "same",
+            combine_wire="fp32" if config.combine_wire == "fp32" else "bf16",
+        ),
+    }  # fmt: skip
+    if config.dispatcher == "native":
+        return NativeGpuDispatcher(group, **sizes)
+    return NativeHostDispatcher.over_group(group, **sizes)

@@ -48,6 +48,11 @@ def test_copies_are_counted_once_a_node() -> None:
         (["--groups", "7"], "--groups 7 does not divide --experts 256"),
         (["--topk", "200"], "--topk 200 is more than the experts of --topk-groups 4 groups"),
         (["--num-tokens", "0"], "--num-tokens 0: use 1 or more"),
+        (
+            ["--backend", "native"],
+            "native and deepep need GPUs, and there are none: use collective, native_host or flat",
+        ),
+        (["--backend", "native_host", "--namespaces"], "native_host crosses no network: leave out --namespaces"),
         (["--backend", "flat", "--dtype", "fp8"], "flat does not send fp8: add --dtype bf16"),
         (["--namespaces", "--link-mbit", "0"], "--link-mbit 0: use a rate above 0"),
     ],

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
-from parallel.expert.collective import CollectiveDispatcher, Wires
+from parallel.config import ParallelConfig
+from parallel.expert.collective import Wires
+from parallel.expert.dispatchers import Tokens, build_dispatcher
 from parallel.expert.flat import FlatDispatcher
 from parallel.expert.wire import decode, encode
 from tests.distributed import run_distributed
@@ -68,11 +70,12 @@ def bound(copies_TKD: Tensor, ids: Tensor, *, nodes: int, ranks: int, wire: str)
 
 @dataclass(frozen=True)
 class Plan:
-    """A node shape, forms on the wire, and what to send."""
+    """A node shape, forms on the wire, and what to send; backend: as the configuration names it."""
 
     ranks_per_node: int
     wires: Wires
     cases: tuple[Case, ...]
+    backend: str = "collective"
 
 
 def through(x: Tensor, wire: str) -> Tensor:
@@ -105,6 +108,14 @@ def minimum(cases: tuple[Case, ...], *, rank: int, size: int, nodes: int) -> int
     return sum(int(marks.sum() - marks[:, mine].sum()) for marks in reached)
 
 
+def build(plan: Plan, case: Case, world: Any) -> TokenDispatcher:
+    config = ParallelConfig(
+        dispatcher=plan.backend, ranks_per_node=plan.ranks_per_node, dispatch_wire=plan.wires.dispatch,
+        dispatch_grad_wire=plan.wires.gradient, combine_wire=plan.wires.combine,
+    )  # fmt: skip
+    return build_dispatcher(config, world, Tokens(EXPERTS, case.top_k, case.hidden), timeout=TIMEOUT)
+
+
 def one_rank(plans: list[Plan]) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     world = dist.group.WORLD
@@ -113,11 +124,13 @@ def one_rank(plans: list[Plan]) -> None:
     flat = FlatDispatcher(world, EXPERTS)
     for plan in plans:
         nodes = size // plan.ranks_per_node
-        tested = CollectiveDispatcher(
-            world, EXPERTS, ranks_per_node=plan.ranks_per_node, wires=plan.wires, timeout=TIMEOUT
-        )
+        tested: Any = None
         for case in plan.cases:
+            if tested is None or plan.backend != "collective":  # the others are made for one hidden size and top-k
+                tested = build(plan, case, world)
             compare(tested, flat, case, nodes=nodes, wires=plan.wires)
+        if plan.backend != "collective":
+            continue
         least = minimum(plan.cases, rank=rank, size=size, nodes=nodes)
         # Each case runs twice, forward and backward: two dispatches and two combines a run.
         assert tested.traffic.dispatch_rail.tokens == 4 * least
@@ -151,9 +164,18 @@ def test_200_random_routings() -> None:
     run_distributed(4, one_rank, [Plan(2, Wires(), tuple(random_case(seed) for seed in range(200)))])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_native_host(size: int) -> None:
+    plans = [Plan(n, Wires(), FIXED_CASES, "native_host") for n in (1, 2) if size // n > 1 or n > 1]
+    fp8 = tuple(case for case in BF16_CASES if case.hidden % 128 == 0 or case.hidden in (24, 131))
+    run_distributed(size, one_rank, [*plans, Plan(1, Wires("fp8", "fp8"), fp8, "native_host")])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "per_node"), [(8, [1, 2, 4, 8]), (16, [2, 4, 8])])
 def test_many_processes(size: int, per_node: list[int]) -> None:
     cases = (*FIXED_CASES, *map(random_case, range(30)))
     plans = [Plan(ranks, Wires(), cases) for ranks in per_node]
-    run_distributed(size, one_rank, [*plans, Plan(per_node[1], Wires("fp8", "fp8"), BF16_CASES)])
+    fp8 = Plan(per_node[1], Wires("fp8", "fp8"), BF16_CASES)
+    native = Plan(per_node[1], Wires(), FIXED_CASES, "native_host")
+    run_distributed(size, one_rank, [*plans, fp8, native])
