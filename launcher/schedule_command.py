@@ -80,7 +80,7 @@ def schedule_command(argv: list[str]) -> int:
     peaks = check(schedule)
     measured = _measured(args, schedule)
     costs = _plan_costs(args, costs_of(schedule), measured)
-    found = simulate(schedule, costs)
+    found = simulate(schedule, costs) if args.overlap is None else _simulate_phases(args, schedule, costs)
     for text in _summary(schedule, found, peaks, measured):
         print(text)
     picture = _picture(schedule, found, measured)
@@ -107,6 +107,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--microbatches", type=int, metavar="M", help="micro-batches of a step, both directions")
     parser.add_argument("--stages-per-rank", type=int, metavar="V", help="of interleaved (default 2)")
     parser.add_argument("--costs", metavar="KEY=VALUE,...", help="such as F=1,I=1,W=0.5,message=0.1 (default 1, 1, 1)")
+    parser.add_argument(
+        "--overlap",
+        choices=("off", "pairs", "all"),
+        help="simulate phase by phase, as parallel.overlap would run it: one layer a stage, half of its computation "
+        "attention and a tenth the shared expert",
+    )
     parser.add_argument("--layers", type=int, metavar="L", help="of the model: auto gives each stage at least one")
     parser.add_argument("--png", type=Path, metavar="FILE", help="a picture")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page: hover shows an action, the wheel zooms")
@@ -226,6 +232,22 @@ def _plan_costs(args: Namespace, costs: StepCosts, measured: Measured | None) ->
     from launcher.measured import MeasuredCosts
 
     return MeasuredCosts.of_rows(measured)
+
+
+def _simulate_phases(args: Namespace, schedule: Schedule, costs: StepCosts) -> Timeline:
+    from parallel.pipeline.phase_costs import PhaseCosts
+    from parallel.pipeline.simulate_phases import simulate_phases
+
+    shares = isinstance(costs, Costs) and (costs.hidden, costs.pair_hidden, costs.overlap) == (0.0, 1.0, 0.0)
+    if not isinstance(costs, Costs) or not shares:
+        raise RequestError(
+            "--overlap finds what is hidden by itself: leave hidden, pair_hidden and overlap out of --costs"
+        )
+    try:
+        phase_costs = PhaseCosts.of_stage_costs(costs)
+    except ValueError as error:
+        raise RequestError(f"--overlap={args.overlap}: {error}") from error
+    return simulate_phases(schedule, phase_costs, level=args.overlap)
 
 
 def _summary(schedule: Schedule, found: Timeline, peaks: Peaks, measured: Measured | None) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from parallel.pipeline.actions import Action
 from parallel.pipeline.overlap import Placed
 from parallel.pipeline.phases import Phase, waits_for
-from parallel.pipeline.simulate import Cost, of_stage
+from parallel.pipeline.simulate import Cost, Costs, of_stage
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ class PhaseCosts:
     end_weights: Cost = 0.0
     message: float = 0.0
 
+    @classmethod
+    def of_stage_costs(cls, costs: Costs, *, attend: float = 0.5, shared: float = 0.1) -> "PhaseCosts":
+        """One layer a stage with the computation and all-to-all of `costs`, the same for every stage.
+
+        attend, shared: their shares of each computation, the experts have the rest; dispatch and combine are alike.
+        ValueError where a stage has costs of its own.
+        """
+        scalars = (costs.forward, costs.input_grad, costs.weight_grad, costs.forward_comm, costs.input_grad_comm)
+        forward, input_grad, weight_grad, forward_comm, input_grad_comm = (_scalar(cost) for cost in scalars)
+        parts = (attend, shared, 1 - attend - shared)
+        first = [*(forward * part for part in parts), forward_comm / 2, forward_comm / 2]
+        second = [*(input_grad * part for part in parts), input_grad_comm / 2, input_grad_comm / 2]
+        third = [weight_grad * part for part in parts]
+        return cls(LayerCosts(*first, *second, *third), message=costs.message)
+
     def num_links(self, stage: int) -> int:
         """Links of the stage's chain, the end included."""
         return 1 + (self.num_layers[stage] if isinstance(self.num_layers, tuple) else self.num_layers)
@@ -83,6 +98,12 @@ class PhaseCosts:
         links = self.num_links(stage)
         layer = self.layer.attend_weights + self.layer.shared_weights + self.layer.experts_weights
         return {**dict.fromkeys(range(links - 1), layer), links - 1: of_stage(self.end_weights, stage)}
+
+
+def _scalar(cost: Cost) -> float:
+    if isinstance(cost, tuple):
+        raise ValueError("phases need the same costs for every stage: give one number instead of one for each")
+    return cost
 
 
 Chunk = tuple[int, int]  # stage, micro-batch

@@ -41,6 +41,9 @@ def test_figures_are_those_of_the_closed_forms(capsys: pytest.CaptureFixture[str
     assert "makespan 66  bubble 9.1%  live activations 9 " in text
     text = output(capsys, "zbv", "--pipeline", "16", "--microbatches", "32", "--costs", "F=2,I=2,W=2")
     assert "makespan 207 " in text and "live activations 32 (of 1/2 rank)" in text
+    a2a = "F=2,I=2,W=2,F_comm=2,I_comm=2"
+    text = output(capsys, "dualpipe", "--pipeline", "16", "--microbatches", "32", "--costs", a2a, "--overlap", "all")
+    assert "makespan 256.8 " in text
     a2a = "F=2,I=2,W=2,F_comm=2,I_comm=2,hidden=0.5"
     assert "makespan 261 " in output(capsys, "dualpipe", "--pipeline", "16", "--microbatches", "32", "--costs", a2a)
 
@@ -118,6 +121,8 @@ def test_shape_and_costs_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["auto", *SHAPE, "--layers", "3"], "--layers=3 is fewer than --pipeline=4"),
         (["1f1b", "experiment=tiny", "train.device=cpu", "--pipeline", "3"], "--pipeline=3, but the run that was"),
         (["1f1b", "experiment=tiny", "parallel.quux=1"], "parallel.quux: no such key"),
+        (["1f1b", *SHAPE, "--overlap", "all", "--costs", "F=1/1/1/2"], "--overlap=all: phases need the same costs"),
+        (["1f1b", *SHAPE, "--overlap", "all", "--costs", "hidden=0.5"], "leave hidden, pair_hidden and overlap out"),
         (["1f1b", "--pipeline", "0", "--microbatches", "2"], "at least 1 rank and 1 micro-batch"),
     ],
 )  # fmt: skip
