@@ -31,7 +31,7 @@ def test_groups_of_whole_nodes_or_inside_one(group: int, host: int | None, expec
 
 @pytest.mark.parametrize(("group", "host", "fits"), [(6, 4, "4 or 8"), (3, 8, "2 or 4")])
 def test_groups_across_nodes_are_refused(group: int, host: int, fits: str) -> None:
-    with pytest.raises(PlacementError, match=f"expert={group} .* ranks_per_node={host}: use parallel.expert={fits}$"):
+    with pytest.raises(PlacementError, match=f"expert={group} .*ranks_per_node={host}: use parallel.expert={fits}$"):
         ranks_per_node(ParallelConfig(ranks_per_node=host), group)
 
 
