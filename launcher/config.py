@@ -45,6 +45,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2
     expert_counts_every: int = 0  # steps between rows of every expert's tokens in the event log; 0: never
+    record_actions_every: int = 0  # steps between those whose pipeline actions go to actions_rank<k>.jsonl; 0: never
     timeout_seconds: int = 600  # a collective or a message that takes longer ends the run
 
 

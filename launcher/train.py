@@ -5,6 +5,7 @@ import time
 import torch
 from rich.console import Console
 
+from launcher import measured
 from launcher.build import Run, build, plan_layout
 from launcher.checkpoint import checkpoints_dir, latest, load, save
 from launcher.config import RunConfig, to_yaml
@@ -39,6 +40,7 @@ def train(config: RunConfig) -> int:
                         raise
                     return log.failed(f"rank {process.rank} lost a peer in step {step}: {str(error).splitlines()[0]}")
                 log.step(result, time.perf_counter() - started)
+                _record_actions(run)
                 if _is_due(config, run.progress.step):
                     recorder.note(step, "saving a checkpoint")
                     log.saved(save(run).name)
@@ -49,6 +51,19 @@ def train(config: RunConfig) -> int:
 def _is_due(config: RunConfig, step: int) -> bool:
     every = config.train.checkpoint_every
     return step == config.train.steps or (every > 0 and step % every == 0)
+
+
+def _record_actions(run: Run) -> None:
+    """Append the step's pipeline actions of the first pipeline, in time, where they are due."""
+    config, step = run.config, run.progress.step
+    every, mesh = config.train.record_actions_every, run.mesh
+    if not every or step % every or mesh.data_rank:
+        return
+    with open(checkpoints_dir(config).parent / f"actions_rank{mesh.pipeline_rank}.jsonl", "a") as file:
+        for work in run.executor.measured:
+            start, end = (1e6 * (run.executor.began + seconds) for seconds in (work.start, work.end))
+            rank = mesh.pipeline_rank
+            file.write(measured.line(rank=rank, step=step, actions=work.actions, start_us=start, end_us=end) + "\n")
 
 
 def describe(config: RunConfig) -> list[str]:

@@ -110,7 +110,7 @@ class _Graph:
         if self._again is not None:
             with torch.enable_grad():
                 roots = self._again()
-        torch.autograd.backward(roots, [torch.ones(()) if grad is None else grad for grad in grads])
+        torch.autograd.backward(roots, list(grads))
 
 
 @dataclass

@@ -31,7 +31,8 @@ class Executor:
     """Runs training steps of one rank.
 
     overlap: see `parallel.pipeline.overlap.plan`. on_action: told each action before it starts. Peak of live stage
-    activations is held to the schedule's own at run time. `measured`: the last step's work in time.
+    activations is held to the schedule's own at run time. `measured`: the last step's work in time, from `began` on the
+    machine's monotonic clock.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Executor:
         self.work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
         self.halves = halves_of(schedule, overlap)
         self.measured: list[Measured] = []
+        self.began = 0.0
 
     def step(self, batch: Callable[[int], Microbatch]) -> dict[int, StageLoss]:
         """One step over all micro-batches; gradients are left in `main_grad`.
@@ -62,7 +64,7 @@ class Executor:
         """
         run = _Step(self, batch)
         self.measured = []
-        began = time.perf_counter()
+        began = self.began = time.perf_counter()
         for work in self.work:
             start = time.perf_counter()
             run.do(work)
