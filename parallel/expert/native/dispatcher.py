@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.dispatch import Combined, Dispatched, Pending
+from model.fp8.formats import QuantisedTensor
 from parallel.expert.native import fp8_rows
 from parallel.expert.native.failure import NativeError
 from parallel.expert.native.library import BF16, BYTES, FP32, Machine, Shape, Transfer
@@ -26,14 +27,14 @@ MOST = 32  # nodes, GPUs of a node, copies of a token: one for each lane of a wa
 class NativeConfig:
     """Sizes and limits, equal on all ranks.
 
-    channels: independent parts of each transfer (on a CPU: 3 threads each). ring: slots of each ring. chunk: tokens
-    between two signals to a node. timeout_seconds: longest wait of a role without progress. dispatch_wire: rows as
-    they are (same) or E4M3 with power-of-two tile scales (fp8). combine_wire: a node's sum on its way to another
-    node, bf16 or fp32; FP32 rows always fp32. seed: 0 for an orderly network, else the seed of its disorder.
-    dead_after: operations after which a rank's network is dead, 0 for never; for tests.
+    channels: independent parts of each transfer; None: 2 on a CPU (3 threads each), 4 for each SM on a GPU. ring: slots
+    of each ring. chunk: tokens between two signals to a node. timeout_seconds: longest wait of a role without progress.
+    dispatch_wire: rows as they are (same) or E4M3 with power-of-two tile scales (fp8). combine_wire: a node's sum on
+    its way to another node, bf16 or fp32; FP32 rows always fp32. seed: 0 for an orderly network, else the seed of its
+    disorder. dead_after: operations after which a rank's network is dead, 0 for never; for tests.
     """
 
-    channels: int = 2
+    channels: int | None = None
     ring: int = 8
     chunk: int = 4
     timeout_seconds: float = 300.0
@@ -66,16 +67,16 @@ class NativeHandle:
     weights_R: Tensor
 
 
-def checked_shape(geometry: Geometry, config: NativeConfig) -> Shape:
-    """The C shape. Raises NativeError naming the number that does not fit."""
-    g, c = geometry, config
+def checked_shape(geometry: Geometry, config: NativeConfig, *, channels: int) -> Shape:
+    """The C shape; channels: of this machine, where config leaves it open. Raises NativeError for what does not fit."""
+    g, c, channels = geometry, config, channels if config.channels is None else config.channels
     rules = (
         (g.num_nodes < 1 or g.num_ranks % g.num_nodes, f"{g.num_nodes} nodes do not divide {g.num_ranks} ranks"),
         (g.num_experts < 1 or g.num_experts % g.num_ranks, f"{g.num_ranks} ranks do not fit {g.num_experts} experts"),
         (g.num_nodes > MOST or g.num_ranks > MOST * g.num_nodes, f"more than {MOST} nodes, or ranks of a node"),
         (not 1 <= g.top_k <= MOST, f"top_k={g.top_k}: from 1 to {MOST}"),
         (g.hidden_size < 1, f"hidden_size={g.hidden_size}: at least 1"),
-        (not 1 <= c.channels <= 1024, f"channels={c.channels}: from 1 to 1024"),
+        (not 1 <= channels <= 1024, f"channels={channels}: from 1 to 1024"),
         (c.ring < 1 or c.chunk < 1, f"ring={c.ring}, chunk={c.chunk}: at least 1"),
         (c.timeout_seconds <= 0, f"timeout_seconds={c.timeout_seconds}: above 0"),
         (c.dispatch_wire not in ("same", "fp8"), f"dispatch_wire={c.dispatch_wire}: same or fp8"),
@@ -86,7 +87,7 @@ def checked_shape(geometry: Geometry, config: NativeConfig) -> Shape:
             raise NativeError(f"native dispatcher: {text}")
     row_bytes = 4 * padded(g.hidden_size)
     locals_ = g.num_ranks // g.num_nodes
-    return Shape(g.num_nodes, locals_, c.channels, c.ring, c.chunk, g.top_k, g.num_experts, row_bytes)
+    return Shape(g.num_nodes, locals_, channels, c.ring, c.chunk, g.top_k, g.num_experts, row_bytes)
 
 
 def agree(group: dist.ProcessGroup, geometry: Geometry, config: NativeConfig) -> list[int]:
@@ -123,20 +124,29 @@ class KernelDispatcher:
         self._names = names or list(range(geometry.num_ranks))
 
     def dispatch(
-        self, x_TD: Tensor, ids_TK: Tensor | None = None, weights_TK: Tensor | None = None, *,
+        self, x_TD: Tensor | QuantisedTensor, ids_TK: Tensor | None = None, weights_TK: Tensor | None = None, *,
         handle: NativeHandle | None = None,
     ) -> Pending[Dispatched]:  # fmt: skip
-        """See `TokenDispatcher`."""
-        self._check_rows("x_TD", x_TD)
+        """See `TokenDispatcher`. x_TD may be quantised already, where the wire is fp8; its rows arrive in BF16."""
+        quantised = isinstance(x_TD, QuantisedTensor)
+        if quantised and self.config.dispatch_wire != "fp8":
+            self._refuse(f"x_TD is quantised, which dispatch_wire={self.config.dispatch_wire} does not carry: use fp8")
+        plain_TD = x_TD.values if isinstance(x_TD, QuantisedTensor) else x_TD
+        self._check_rows("x_TD", plain_TD, quantised=quantised)
+        inputs = (x_TD.values, x_TD.scales) if isinstance(x_TD, QuantisedTensor) else (x_TD,)
         if handle is not None:
-            if len(x_TD) != handle.transfer.tokens:
-                self._refuse(f"x_TD has {len(x_TD)} rows: the handle is of {handle.transfer.tokens} tokens")
-            return self._start(lambda: self._carry(x_TD, None, handle), x_TD)
+            if len(plain_TD) != handle.transfer.tokens:
+                self._refuse(f"x_TD has {len(plain_TD)} rows: the handle is of {handle.transfer.tokens} tokens")
+            return self._start(lambda: self._carry(x_TD, None, handle), *inputs)
         if ids_TK is None or weights_TK is None:
             self._refuse("a dispatch without a handle needs ids_TK and weights_TK")
-        self._check_routing(x_TD, ids_TK, weights_TK)
+        self._check_routing(plain_TD, ids_TK, weights_TK)
         ids, weights = ids_TK.to(torch.int64).contiguous(), weights_TK.contiguous()
-        return self._start(lambda: self._carry(x_TD, weights, self._notify(x_TD, ids)), x_TD, weights, ids)
+
+        def first() -> Dispatched:
+            return self._carry(x_TD, weights, self._notify(*self._wire_of(plain_TD), ids))
+
+        return self._start(first, *inputs, weights, ids)
 
     def combine(self, rows_RD: Tensor, handle: NativeHandle, weights_R: Tensor | None = None) -> Pending[Combined]:
         """See `TokenDispatcher`."""
@@ -147,11 +157,16 @@ class KernelDispatcher:
             self._refuse(f"weights_R is {weights_R.dtype} {list(weights_R.shape)}: use float32 [{handle.rows}]")
         return self._start(lambda: self._gather(rows_RD, handle, weights_R), rows_RD, weights_R)
 
-    def _notify(self, x_TD: Tensor, ids_TK: Tensor) -> NativeHandle:
+    def _wire_of(self, x_TD: Tensor) -> tuple[int, int]:
+        """Bytes and format of a row on its way to the experts."""
+        if self.config.dispatch_wire == "fp8":
+            return fp8_rows.packed_bytes(x_TD.shape[1]), BYTES
+        return padded(x_TD.shape[1]) * x_TD.element_size(), FORMATS[x_TD.dtype]
+
+    def _notify(self, row_bytes: int, form: int, ids_TK: Tensor) -> NativeHandle:
         tokens, top_k = ids_TK.shape
         fixed = torch.empty(self.machine.routing_ints(tokens, top_k), dtype=torch.int32, device=ids_TK.device)
         transfer = Transfer(tokens, top_k, 0, fixed.data_ptr(), None)
-        _, row_bytes, form = self._travelling(x_TD[:0])
         library, at = self.machine.library, self.machine.totals_at(tokens, top_k)
         self._done(library.ep_notify(self.machine.handle, transfer, ids_TK.data_ptr(), row_bytes, form))
         rows, forwarded, arrived, *counts = fixed[at : at + 3 + self.geometry.num_experts // len(self._names)].tolist()
@@ -160,16 +175,10 @@ class KernelDispatcher:
         transfer.forwarded, transfer.lists = forwarded, lists.data_ptr()
         return NativeHandle(transfer, fixed, lists, rows, tuple(counts), torch.empty(rows, device=ids_TK.device))
 
-    def _travelling(self, x_TD: Tensor) -> tuple[Tensor, int, int]:
-        """Rows as they travel, their bytes and format."""
-        if self.config.dispatch_wire == "fp8":
-            packed = fp8_rows.pack(x_TD)
-            return packed, packed.shape[1], BYTES
-        rows = F.pad(x_TD, (0, padded(x_TD.shape[1]) - x_TD.shape[1])).contiguous()
-        return rows, rows.shape[1] * rows.element_size(), FORMATS[x_TD.dtype]
-
-    def _carry(self, x_TD: Tensor, weights_TK: Tensor | None, handle: NativeHandle) -> Dispatched:
-        sent, row_bytes, form = self._travelling(x_TD)
+    def _carry(self, x_TD: Tensor | QuantisedTensor, weights_TK: Tensor | None, handle: NativeHandle) -> Dispatched:
+        plain_TD = x_TD.values if isinstance(x_TD, QuantisedTensor) else x_TD
+        (row_bytes, form), hidden = self._wire_of(plain_TD), plain_TD.shape[1]
+        sent = fp8_rows.pack(x_TD) if form == BYTES else F.pad(plain_TD, (0, padded(hidden) - hidden)).contiguous()
         rows = sent.new_empty(handle.rows, sent.shape[1])
         first = weights_TK is not None
         status = self.machine.library.ep_dispatch(
@@ -177,9 +186,9 @@ class KernelDispatcher:
             rows.data_ptr(), handle.weights_R.data_ptr() if first else None, row_bytes, form,
         )  # fmt: skip
         self._done(status)
-        hidden = x_TD.shape[1]
         if form == BYTES:
-            rows = fp8_rows.unpack(rows, hidden=hidden, dtype=x_TD.dtype)
+            dtype = torch.bfloat16 if isinstance(x_TD, QuantisedTensor) else x_TD.dtype
+            rows = fp8_rows.unpack(rows, hidden=hidden, dtype=dtype)
         rows = rows if rows.shape[1] == hidden else rows[:, :hidden].contiguous()
         return Dispatched(rows, handle.weights_R, handle.counts, handle)
 
@@ -213,13 +222,13 @@ class KernelDispatcher:
             limits = {"num_experts": self.geometry.num_experts, "timeout_seconds": self.config.timeout_seconds}
             raise NativeError(self.machine.failure().describe(me=self.rank, names=self._names, **limits))
 
-    def _check_rows(self, name: str, rows: Tensor) -> None:
+    def _check_rows(self, name: str, rows: Tensor, *, quantised: bool = False) -> None:
         hidden = self.geometry.hidden_size
         if rows.ndim != 2:
             self._refuse(f"{name} has {rows.ndim} dimensions: it must have 2, [rows, hidden]")
         if rows.device.type != self.device_type:
             self._refuse(f"{name} is on {rows.device}: dispatcher {self.name} takes {self.device_type} tensors")
-        if rows.dtype not in FORMATS:
+        if not quantised and rows.dtype not in FORMATS:
             self._refuse(f"{name} is {rows.dtype}: bfloat16 and float32 travel")
         if rows.shape[1] > hidden:
             self._refuse(f"{name} has hidden size {rows.shape[1]}: the buffers hold {hidden}")

@@ -22,6 +22,7 @@ from parallel.expert.native.library import Machine, Options, Shape, bind
 
 T = TypeVar("T")
 UNIQUE_ID_BYTES = 128
+CHANNELS_PER_SM = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class NativeGpuDispatcher(KernelDispatcher):
         if not torch.cuda.is_available():
             raise NativeError("dispatcher native needs CUDA GPUs; native_host runs the same kernels on a CPU")
         geometry = Geometry(dist.get_world_size(group), num_nodes, num_experts, hidden_size, top_k)
-        shape, rank = checked_shape(geometry, config), dist.get_rank(group)
+        shape, rank = checked_shape(geometry, config, channels=CHANNELS_PER_SM * num_sms), dist.get_rank(group)
         library = GpuLibrary(gpu_library(), nccl or find_nccl())  # before any rank waits for another
         super().__init__(geometry=geometry, config=config, rank=rank, names=agree(group, geometry, config))
         shared: list[Any] = [library.unique_id() if rank == 0 else None]

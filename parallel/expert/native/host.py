@@ -20,6 +20,7 @@ from parallel.expert.native.library import Machine, Options, bind_host
 from parallel.expert.native.window import Window
 
 T = TypeVar("T")
+CHANNELS = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class NativeHostDispatcher(KernelDispatcher):
     ) -> None:
         """Rank `rank` of those that share a window; see also `over_group` and `in_process`."""
         super().__init__(geometry=geometry, config=config, rank=rank, names=names)
-        shape, library = checked_shape(geometry, config), bind_host()
+        shape, library = checked_shape(geometry, config, channels=CHANNELS), bind_host()
         options = Options(int(config.timeout_seconds * 1e9), config.seed, config.dead_after, 0)
         self.machine = Machine(library, library.ep_open(shape, rank, window.address, options), shape)
         self._worker = ThreadPoolExecutor(1, f"native-{rank}")
@@ -63,7 +64,7 @@ class NativeHostDispatcher(KernelDispatcher):
         Raises NativeError if ranks differ in an argument, or cannot share memory.
         """
         geometry = Geometry(dist.get_world_size(group), num_nodes, num_experts, hidden_size, top_k)
-        shape = checked_shape(geometry, config)
+        shape = checked_shape(geometry, config, channels=CHANNELS)
         size = bind_host().ep_window_bytes(shape)
         names = agree(group, geometry, config)
         window = Window.over_group(group, size * geometry.num_ranks)
@@ -73,7 +74,7 @@ class NativeHostDispatcher(KernelDispatcher):
     @staticmethod
     def in_process(geometry: Geometry, config: NativeConfig) -> list["NativeHostDispatcher"]:
         """All ranks in this process, to be used from a thread each."""
-        size = bind_host().ep_window_bytes(checked_shape(geometry, config))
+        size = bind_host().ep_window_bytes(checked_shape(geometry, config, channels=CHANNELS))
         window = Window.in_process(size * geometry.num_ranks)
         return [
             NativeHostDispatcher(window, geometry=geometry, config=config, rank=rank)
