@@ -61,6 +61,13 @@ def test_several_copies_on_one_rank() -> None:
     run_ranks(routings(4, experts=32, top_k=12), nodes=2, experts=32, config=SMALL)
 
 
+@pytest.mark.parametrize("wire", ["bf16", "fp32"])
+def test_order_of_sums(wire: str) -> None:
+    """Three and more terms at each level, FP32, where the order shows in the last bits."""
+    sent = routings(9, experts=36, top_k=20, dtype=torch.float32)
+    run_ranks(sent, nodes=3, experts=36, config=NativeConfig(timeout_seconds=60, combine_wire=wire))
+
+
 def test_64_ranks_on_8_nodes() -> None:
     sent = routings(64, tokens=(9, 4, 0, 7), hidden=32, experts=128, top_k=8)
     config = NativeConfig(timeout_seconds=120, seed=1)
