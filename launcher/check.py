@@ -38,6 +38,7 @@ MINIMUM = {
     "train.threads": 0,
     "train.checkpoint_every": 0,
     "train.expert_counts_every": 0,
+    "train.record_actions_every": 0,
     "train.keep_checkpoints": 2,  # the newest may be the one that a crash has cut off
 }
 # Real numbers: the test, and the range in words with a value that works.
