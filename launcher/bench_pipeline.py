@@ -5,6 +5,7 @@ ideal is what the engine itself costs. All engines take turns in the same proces
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launcher import bench_pipeline_model
 from launcher.bench_pipeline_torch import TorchEngine
 from launcher.config import TrainConfig
 from launcher.local import run_local
@@ -97,7 +99,7 @@ def default_cases(groups: Sequence[str]) -> list[Case]:
     return cases
 
 
-GROUPS = ("engine8", "engine16", "alltoall")
+GROUPS = ("engine8", "engine16", "alltoall", "model")
 
 
 def schedule_of(case: Case) -> Schedule:
@@ -215,25 +217,30 @@ def bench_pipeline(argv: list[str]) -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="after one to warm up (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply all costs, e.g. 0.2 for a quick look")
     parser.add_argument("--out", type=Path, help="for the ranks: where rank 0 writes the rows")
+    parser.add_argument("--model", nargs=2, metavar=("SCHEDULE", "OVERLAP"), help="for the ranks: the row to measure")
     arguments = parser.parse_args(argv)
     cases = [replace(case, cost_ms=case.cost_ms * arguments.scale) for case in default_cases(arguments.groups)]
-    import os
-
     if outer_world_size(os.environ) is not None and arguments.out is not None:
+        if arguments.model:
+            schedule, overlap = arguments.model
+            return bench_pipeline_model.measure_as_rank(schedule, overlap, arguments.repetitions, arguments.out)
         return _as_rank(cases, arguments.repetitions, arguments.out)
     rows: list[dict[str, object]] = []
-    for ranks in sorted({case.ranks for case in cases}):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in sorted({case.ranks for case in cases}):
+            print(f"{ranks} ranks ...", file=sys.stderr)
             out = Path(folder) / "rows.jsonl"
-            if not arguments.json:
-                print(f"{ranks} ranks ...", file=sys.stderr)
-            code = run_local(
-                ["bench", "pipeline", *argv, "--out", str(out)], world_size=ranks, run_dir=Path(folder), threads=1
-            )
+            rank_argv = ["bench", "pipeline", *argv, "--out", str(out)]
+            code = run_local(rank_argv, world_size=ranks, run_dir=Path(folder), threads=1)
             if code:
                 return code
             rows += [json.loads(line) for line in out.read_text().splitlines()]
-    for line in map(json.dumps, rows) if arguments.json else _table(rows):
+        models: list[dict[str, object]] = []
+        if "model" in arguments.groups:
+            print("tiny model under every schedule ...", file=sys.stderr)
+            models = bench_pipeline_model.measure(arguments.repetitions, Path(folder))
+    lines = _table(rows) * bool(rows) + bench_pipeline_model.table(models) * bool(models)
+    for line in map(json.dumps, rows + models) if arguments.json else lines:
         print(line)
     return 0
 
