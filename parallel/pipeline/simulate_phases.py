@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, Message, Pair, Schedule
-from parallel.pipeline.overlap import Placed, Work, halves_of, plan
+from parallel.pipeline.overlap import Work, completes, halves_of, plan
 from parallel.pipeline.phase_costs import PhaseCosts, Resources
-from parallel.pipeline.phases import Phase
 from parallel.pipeline.simulate import Timed, Timeline
 
 
@@ -18,7 +17,7 @@ class PhaseTimeline(Timeline):
 
 def simulate_phases(schedule: Schedule, costs: PhaseCosts, *, level: str) -> PhaseTimeline:
     """Run a checked schedule as the executor does: a chunk takes its input before its first phase and sends its
-    result after its last.
+    result as soon as it is complete.
 
     level: as for `overlap.plan`; `off` leaves every transfer bare.
     """
@@ -47,10 +46,15 @@ class _Rank:
         self.resources = Resources(costs, halves_of(schedule, level), serial=level == "off")
         self.todo = plan(schedule, rank, num_links=costs.num_links, level=level)
         self.timed: list[Timed] = []
-        self._work = self._position = 0
-        self._phases: tuple[Placed, ...] | None = None
+        self._work = 0
+        self._open()
+
+    def _open(self) -> None:
+        """Before the first phase of a work."""
+        self._position = self._num_sent = 0
         self._begun: set[Action] = set()
-        self._start = 0.0
+        self._complete: set[Action] = set()
+        self._start = -1.0
 
     @property
     def ended(self) -> bool:
@@ -62,33 +66,17 @@ class _Rank:
         sent: list[Message] = []
         while not self.ended:
             work = self.todo[self._work]
-            if self._phases is None and not self._open(work, arrival):
-                break
-            assert self._phases is not None
-            if not self._step(self._phases[self._position], arrival, sent):
+            if not self._step(work, arrival, sent):
                 break
             self._position += 1
-            if self._position == len(self._phases):
+            if self._position == len(work.phases):
                 self._close(work)
         return sent
 
-    def _open(self, work: Work, arrival: dict[Message, float]) -> bool:
-        """The phases in the order in which they will run: weight gradients do not wait for a late message."""
-        phases = work.phases
-        if [action.kind for action in work.actions] == ["W", "I"]:
-            needed = self.schedule.inputs(work.actions[1])
-            if needed is not None:
-                if needed not in arrival:
-                    return False
-                if arrival[needed] > self.resources.compute:
-                    phases = tuple(sorted(phases, key=lambda placed: placed.action.kind != "W"))
-        self._phases, self._position, self._begun = phases, 0, set()
-        self._start = -1.0
-        return True
-
-    def _step(self, placed: Placed, arrival: dict[Message, float], sent: list[Message]) -> bool:
+    def _step(self, work: Work, arrival: dict[Message, float], sent: list[Message]) -> bool:
         """One phase; False if its action's message is not known yet."""
-        action, resources = placed.action, self.resources
+        placed, resources = work.phases[self._position], self.resources
+        action = placed.action
         if action not in self._begun:
             needed = self.schedule.inputs(action)
             if needed is not None:
@@ -99,14 +87,21 @@ class _Rank:
         if self._start < 0:
             self._start = resources.compute
         resources.run(placed)
-        last_link = self.costs.num_links(action.stage) - 1
-        last = (Phase("end", last_link), Phase("attend_grad", 0) if last_link else Phase("end_grad", 0))
-        message = self.schedule.output(action) if placed.phase in last else None
-        if message is not None:
-            away = self.schedule.consumer(message) != self.rank
-            arrival[message] = resources.compute + self.costs.message * away
-            sent.append(message)
+        if completes(placed, num_links=self.costs.num_links(action.stage)):
+            self._complete.add(action)
+            self._send(work, arrival, sent)
         return True
+
+    def _send(self, work: Work, arrival: dict[Message, float], sent: list[Message]) -> None:
+        """What is complete leaves, in the order of the work's actions."""
+        actions = [action for action in work.actions if action.kind != "W"]
+        while self._num_sent < len(actions) and actions[self._num_sent] in self._complete:
+            message = self.schedule.output(actions[self._num_sent])
+            self._num_sent += 1
+            if message is not None:
+                away = self.schedule.consumer(message) != self.rank
+                arrival[message] = self.resources.compute + self.costs.message * away
+                sent.append(message)
 
     def _close(self, work: Work) -> None:
         """Note the work in time; of two actions joined the first half is drawn for the first."""
@@ -119,4 +114,4 @@ class _Rank:
             for i, action in enumerate(work.actions):
                 self.timed.append(Timed(action, start + i * share, start + (i + 1) * share))
         self._work += 1
-        self._phases = None
+        self._open()
