@@ -17,7 +17,8 @@ setup(
     ),
     package_data={
         "configs": ["**/*.yaml"],
-        **{name: ["py.typed"] for name in ("launcher", "parallel", "optim", "data")},
+        **{name: ["py.typed"] for name in ("launcher", "optim", "data")},
+        "parallel": ["py.typed", "expert/native/csrc/*"],
         "model": ["py.typed", "fp8/csrc/*"],
     },
     install_requires=[
