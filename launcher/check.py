@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launcher.check_fp8 import check_fp8_words, check_transformer_engine
 from launcher.check_layout import (
     check_batch,
     check_experts,
@@ -38,6 +39,7 @@ MINIMUM = {
     "train.threads": 0,
     "train.checkpoint_every": 0,
     "train.expert_counts_every": 0,
+    "fp8.watch_every": 0,
     "train.record_actions_every": 0,
     "train.keep_checkpoints": 2,  # the newest may be the one that a crash has cut off
 }
@@ -133,7 +135,7 @@ def check_choices(config: RunConfig) -> list[str]:
         "parallel.dispatch_grad_wire": DISPATCH_WIRES,
         "parallel.combine_wire": COMBINE_WIRES,
         "optim.moments": ("bf16", "fp32"),
-        "train.precision": ("bf16", "fp32"),
+        "train.precision": ("bf16", "fp32", "fp8"),
         "train.device": ("auto", "cpu", "cuda"),
         "model.mtp_hidden": ("after_norm", "before_norm"),
         "model.rope_scaling.type": ("yarn",),
@@ -315,4 +317,6 @@ RULES: tuple[Rule, ...] = (
     check_schedule,
     check_stages,
     check_device,
+    check_fp8_words,
+    check_transformer_engine,
 )

@@ -34,7 +34,7 @@ from model.convert import ConvertError, Published, from_published_config, publis
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 
-DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "bfloat16"}
 ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
 DERIVED = ".rotary_emb.inv_freq"  # in some published files, and a function of config.json
 NUM_LISTED = 10

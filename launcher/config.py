@@ -15,6 +15,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from data.config import DataConfig
 from model.config import ModelConfig
+from model.fp8.config import DEFAULT_FP8, FP8Config
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 
@@ -38,7 +39,8 @@ class TrainConfig:
     steps: int
     global_batch_size: int  # sequences a step, over all data ranks and micro-batches
     micro_batch_size: int = 1  # sequences a micro-batch
-    precision: str = "bf16"  # bf16 | fp32: weights and activations; masters and gradients are always FP32
+    # bf16 | fp32: weights and activations; masters and gradients are always FP32. fp8: bf16, linears in FP8
+    precision: str = "bf16"
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a rank; 0: cores / local ranks, at least 1
@@ -60,6 +62,7 @@ class RunConfig:
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
+    fp8: FP8Config = DEFAULT_FP8
 
     @property
     def num_microbatches(self) -> int:

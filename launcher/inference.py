@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from data.tokens import TokenFile
 from launcher.build import DTYPES
 from launcher.checkpoint import Reader, find
+from model.fp8.apply import apply_fp8
 from model.loss import head_loss
 from model.transformer import Microbatch, Transformer
 
@@ -44,11 +46,13 @@ def load_model(
 ) -> Transformer:
     """The whole model with the weights of a checkpoint (or the newest one of a run), ready to evaluate.
 
-    dtype: of the weights; None: what the run trained in. Needs memory for the model in FP32 and `dtype` together at
+    dtype: of the weights; None: what the run trained in, with its FP8 products if it had any, computed by the oracle
+    where Transformer Engine did. Needs memory for the model in FP32 and `dtype` together at
     worst. Raises CheckpointError for a missing or damaged checkpoint.
     """
     reader = Reader(find(checkpoint))
-    dtype = dtype or DTYPES[reader.config.train.precision]
+    precision, fp8 = reader.config.train.precision, reader.config.fp8
+    as_trained, dtype = dtype is None, dtype or DTYPES[precision]
     with torch.device(device):
         model = Transformer(reader.config.model)
     model.eval().requires_grad_(False)
@@ -58,6 +62,9 @@ def load_model(
         weight.data = flat.view(weight.shape).to(device=weight.device, dtype=dtype)
     for block, router in model.routers().items():
         reader.read("router_bias", str(block), router.e_score_correction_bias)
+    if as_trained and precision == "fp8":
+        backend = "oracle_exact" if fp8.backend == "oracle_exact" else "oracle_fast"
+        apply_fp8(model, replace(fp8, backend=backend), device=device)
     return model
 
 

@@ -72,7 +72,7 @@ def memory_of(config: RunConfig, schedule: Schedule) -> Memory:
     model, parallel = config.model, config.parallel
     stages = split_layers(model, schedule.num_stages, parallel.layers_per_stage, placement=schedule.placement)
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    element = 2 if config.train.precision == "bf16" else 4
+    element = 4 if config.train.precision == "fp32" else 2
     copied = copies(schedule.placement)
     weights = [sum(_layer_bytes(config, model.is_moe(i), copied) for i in stage) for stage in stages]
     held = [
@@ -98,7 +98,7 @@ def _ends_meet(schedule: Schedule) -> bool:
 
 def _bytes_of(config: RunConfig, weights: float, group: float) -> float:
     """A weight and its FP32 gradient on each rank, its FP32 master and two moments spread over the group."""
-    element = 2 if config.train.precision == "bf16" else 4
+    element = 4 if config.train.precision == "fp32" else 2
     moments = 2 * (2 if config.optim.moments == "bf16" else 4)
     return weights * (element + 4) + weights * (4 + moments) / group
 

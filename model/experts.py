@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from model.linear import GroupedLinear
-from model.mlp import swiglu
+from model.mlp import SwiGLUDown, swiglu
 
 
 class Experts(nn.Module):
@@ -18,7 +18,10 @@ class Experts(nn.Module):
         self.expert_ids = expert_ids  # global ids of the experts held here
         self.gate_up_proj = GroupedLinear(len(expert_ids), hidden_size, 2 * intermediate_size)
         self.down_proj = GroupedLinear(len(expert_ids), intermediate_size, hidden_size)
+        self.swiglu_down: SwiGLUDown | None = None
 
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts: tuple[int, ...]) -> Tensor:
         """rows_RD sorted by expert, counts[e] rows each, with router weights -> weighted outputs [R, D]."""
+        if self.swiglu_down is not None:
+            return self.swiglu_down(self.gate_up_proj(rows_RD, counts), self.down_proj, weights_R, counts)
         return self.down_proj(swiglu(self.gate_up_proj(rows_RD, counts), weights_R), counts)

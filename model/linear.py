@@ -3,13 +3,23 @@
 Backward gives the input's gradient; the weight's goes through the sink (`weight_grad.py`).
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.weight_grad import Weighted, WeightGradSink, add_product
+
+
+class FP8Call(Protocol):
+    """A product in FP8 in place of the wide one: `model/fp8` has the implementations, `apply_fp8` sets them."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """x [..., in], weight [out, in] or [groups, out, in] with counts rows each -> [..., out]."""
+        ...
 
 
 class _Linear(torch.autograd.Function):
@@ -42,9 +52,12 @@ class Linear(Weighted):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.dtype = dtype
+        self.fp8: FP8Call | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        if self.fp8 is not None:
+            return self.fp8(x, self.weight, self.sink)
         return _Linear.apply(x, self.weight, self.sink, self.dtype)  # type: ignore[return-value]
 
 
@@ -129,7 +142,10 @@ class GroupedLinear(Weighted):
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.fp8: FP8Call | None = None
 
     def forward(self, x_RI: Tensor, counts: tuple[int, ...]) -> Tensor:
         """x_RI: rows sorted by expert, counts[e] of them for expert e -> [R, out_features]."""
+        if self.fp8 is not None:
+            return self.fp8(x_RI, self.weight, self.sink, counts)
         return _GroupedLinear.apply(x_RI, self.weight, counts, self.sink)  # type: ignore[return-value]

@@ -1,13 +1,13 @@
 """SwiGLU: silu(gate) * up, and the dense feed-forward block made of it (also the shared experts)."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chunks import row_chunks
-from model.linear import Linear
+from model.linear import GroupedLinear, Linear
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -48,6 +48,20 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     return _SwiGLU.apply(gate_up, weights)  # type: ignore[return-value]
 
 
+class SwiGLUDown(Protocol):
+    """SwiGLU and down projection as one: `model/fp8/swiglu.py` has one that keeps the input in FP8 alone."""
+
+    def __call__(
+        self,
+        gate_up: Tensor,
+        down: Linear | GroupedLinear,
+        row_weights: Tensor | None = None,
+        counts: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """gate_up [..., 2F] and maybe a weight for each row -> [..., out]; counts: rows of each expert."""
+        ...
+
+
 class MLP(nn.Module):
     """Dense SwiGLU feed-forward: down(silu(gate(x)) * up(x)), gate and up as one product."""
 
@@ -55,7 +69,10 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.swiglu_down: SwiGLUDown | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
+        if self.swiglu_down is not None:
+            return self.swiglu_down(self.gate_up_proj(x), self.down_proj)
         return self.down_proj(swiglu(self.gate_up_proj(x)))

@@ -4,6 +4,7 @@ The activation's output, the down projection's input, is recomputed in backward 
 is kept. Gradients are those of the activation at the rounded input, as a kernel that reads the cache would give them.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from model.fp8.formats import QuantisedTensor
 from model.fp8.linear import FP8Layer, from_tensors, tensors_of
+from model.linear import GroupedLinear, Linear
 from model.mlp import swiglu
 from model.weight_grad import WeightGradSink
 
@@ -88,3 +90,22 @@ def swiglu_linear(
     weight [out, F], or [groups, out, F] with counts rows each. layer: of the linear; its `input_cache` has no say here.
     """
     return _SwiGLULinear.apply(gate_up, row_weights, weight, sink, counts, layer)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class FP8SwiGLU:
+    """`swiglu_linear` as the MLP and the experts call it; layer: of their down projection."""
+
+    layer: FP8Layer
+
+    def __call__(
+        self,
+        gate_up: Tensor,
+        down: Linear | GroupedLinear,
+        row_weights: Tensor | None = None,
+        counts: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """See `model.mlp.SwiGLUDown`."""
+        return swiglu_linear(
+            gate_up, down.weight, layer=self.layer, sink=down.sink, row_weights=row_weights, counts=counts
+        )

@@ -43,7 +43,7 @@ CASES = [
     ("parallel.schedule=zigzag", "parallel.schedule=zigzag: use gpipe, 1f1b,", "parallel.schedule=gpipe"),
     ("parallel.dispatcher=x", "parallel.dispatcher=x: use flat", "parallel.dispatcher=flat"),
     ("optim.moments=fp16", "optim.moments=fp16: use bf16 or fp32", "optim.moments=fp32"),
-    ("train.precision=fp16", "train.precision=fp16: use bf16 or fp32", "train.precision=bf16"),
+    ("train.precision=fp16", "train.precision=fp16: use bf16, fp32 or fp8", "train.precision=bf16"),
     ("train.device=tpu", "train.device=tpu: use auto, cpu or cuda", "train.device=auto"),
     ("model.mtp_hidden=x", "model.mtp_hidden=x: use after_norm or before_norm", "model.mtp_hidden=before_norm"),
     ("name=' '", "name='': use a name", "name=a"),

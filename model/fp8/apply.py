@@ -1,0 +1,64 @@
+"""Give a model's linears their FP8: every one but embedding, output head and router (report 3.3.1)."""
+
+import torch
+from torch import nn
+
+from model.experts import Experts
+from model.fp8.config import FP8Config
+from model.fp8.formats import Scales
+from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
+from model.fp8.swiglu import FP8SwiGLU
+from model.linear import GroupedLinear, Linear
+from model.mlp import MLP
+
+SCALES = {"pow2": Scales.POWER_OF_TWO, "fp32": Scales.FP32}
+CACHES = {cache.value: cache for cache in InputCache}
+HEAD = "lm_head"
+ATTENTION_OUTPUT = "o_proj"
+
+
+def recipe_of(config: FP8Config, *, cache: str, device: torch.device) -> FP8Recipe:
+    """The oracle's recipe for linears that keep their input as `cache`."""
+    return FP8Recipe(
+        scales=SCALES[config.scales],
+        input_cache=CACHES[cache],
+        exact=config.backend == "oracle_exact",
+        native=config.native and device.type == "cpu",  # compiled for the CPU alone; plain torch gives the same bits
+        weights_per_step=config.weights_per_step,
+        gradient_amax_floor=config.gradient_amax_floor,
+    )
+
+
+def fp8_linears(model: nn.Module) -> dict[str, Linear | GroupedLinear]:
+    """The linears that compute in FP8, by name: all but the head and those with a precision of their own (router)."""
+    found: dict[str, Linear | GroupedLinear] = {}
+    for name, module in model.named_modules():
+        plain = isinstance(module, GroupedLinear) or (isinstance(module, Linear) and module.dtype is None)
+        if plain and name.rpartition(".")[2] != HEAD:
+            assert isinstance(module, Linear | GroupedLinear)
+            found[name] = module
+    return found
+
+
+def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device | str = "cpu") -> None:
+    """Let every linear of `model` (a stage, or all of it) that may compute in FP8 do so from now on.
+
+    Raises MissingBackend or MissingCompiler in one line where the back end is not there.
+    """
+    device = torch.device(device)
+    if config.backend == "transformer_engine":
+        from model.fp8.transformer_engine import apply_transformer_engine
+
+        apply_transformer_engine(fp8_linears(model), config)
+        return
+    for name, linear in fp8_linears(model).items():
+        after_attention = name.rpartition(".")[2] == ATTENTION_OUTPUT
+        cache = config.attention_cache if after_attention else config.input_cache
+        linear.fp8 = FP8Layer(recipe_of(config, cache=cache, device=device))
+    if not config.recompute_swiglu:
+        return
+    for module in model.modules():
+        if isinstance(module, MLP | Experts):
+            layer = module.down_proj.fp8
+            assert isinstance(layer, FP8Layer)
+            module.swiglu_down = FP8SwiGLU(layer)
