@@ -176,6 +176,10 @@ def test_native_host(size: int) -> None:
 def test_many_processes(size: int, per_node: list[int]) -> None:
     cases = (*FIXED_CASES, *map(random_case, range(30)))
     plans = [Plan(ranks, Wires(), cases) for ranks in per_node]
-    fp8 = Plan(per_node[1], Wires("fp8", "fp8"), BF16_CASES)
-    native = Plan(per_node[1], Wires(), FIXED_CASES, "native_host")
-    run_distributed(size, one_rank, [*plans, fp8, native])
+    run_distributed(size, one_rank, [*plans, Plan(per_node[1], Wires("fp8", "fp8"), BF16_CASES)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "per_node"), [(8, 2), (8, 4), (16, 4)])
+def test_native_host_in_many_processes(size: int, per_node: int) -> None:
+    run_distributed(size, one_rank, [Plan(per_node, Wires(), FIXED_CASES, "native_host")])
