@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.threads import spread
+
 HEADS = 8  # in one batched product
 BLOCK, BF16_BLOCK = 128, 256  # queries at a time: scores in cache, but BF16 products want to be large
 
@@ -41,7 +43,10 @@ class _Probabilities:
         return torch.softmax(scores, dim=-1, out=p), scores
 
 
-def _parts(x_BHSX: Tensor) -> Iterator[tuple[int, slice]]:
+Part = tuple[int, slice]
+
+
+def _parts(x_BHSX: Tensor) -> Iterator[Part]:
     """Sequence and heads of each batch of products."""
     for sequence in range(x_BHSX.shape[0]):
         for head in range(0, x_BHSX.shape[1], HEADS):
@@ -51,12 +56,16 @@ def _parts(x_BHSX: Tensor) -> Iterator[tuple[int, slice]]:
 def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
     B, H, S, V = v_BHSV.shape
     out_BHSV = v_BHSV.new_empty(B, S, H, V).transpose(1, 2)  # the order in which the output projection reads it
-    probabilities = _Probabilities(q_BHSX, scale)
-    for part in _parts(q_BHSX):
-        q, k, v, out = q_BHSX[part], k_BHSX[part], v_BHSV[part], out_BHSV[part]
-        for rows in probabilities.rows(S):
-            p, _ = probabilities.of(q, k, rows)
-            out[:, rows] = torch.bmm(p, v[:, : rows.stop])
+
+    def blocks(parts: Iterator[Part]) -> None:
+        probabilities = _Probabilities(q_BHSX, scale)
+        for part in parts:
+            q, k, v, out = q_BHSX[part], k_BHSX[part], v_BHSV[part], out_BHSV[part]
+            for rows in probabilities.rows(S):
+                p, _ = probabilities.of(q, k, rows)
+                out[:, rows] = torch.bmm(p, v[:, : rows.stop])
+
+    spread(blocks, _parts(q_BHSX))
     return out_BHSV
 
 
@@ -64,32 +73,53 @@ def _backward(
     grad_BHSV: Tensor, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of k and v are summed over the blocks in FP32."""
-    probabilities = _Probabilities(q_BHSX, scale)
-    wide, dtype = probabilities.buffers.dtype, q_BHSX.dtype
+    dtype = q_BHSX.dtype
     grads = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q_BHSX, k_BHSX, v_BHSV))
-    for part in _parts(q_BHSX):
-        q, k, v, grad = (x[part].contiguous() for x in (q_BHSX, k_BHSX, v_BHSV, grad_BHSV))
-        grad_q, grad_k, grad_v = (x[part] for x in grads)
-        wide_q, wide_k = q.to(wide), k.to(wide)
-        sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for rows in probabilities.rows(q.shape[1]):
-            seen = slice(0, rows.stop)
-            p, grad_p = probabilities.of(wide_q, wide_k, rows)
-            if dtype != wide:  # rounded for the products, as flash attention does
-                p, grad_p = p.to(dtype), grad_p.view(dtype).flatten()[: p.numel()].view(p.shape)
-            _add_bmm(sum_v[:, seen], p.transpose(1, 2), grad[:, rows])
-            torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2), out=grad_p)
-            grad_scores = torch.ops.aten._softmax_backward_data.out(grad_p, p, -1, dtype, grad_input=grad_p)
-            torch.mul(torch.bmm(grad_scores, k[:, seen]), scale, out=grad_q[:, rows])
-            _add_bmm(sum_k[:, seen], grad_scores.transpose(1, 2), q[:, rows])
-        torch.mul(sum_k, scale, out=grad_k)
-        grad_v.copy_(sum_v)
+
+    def blocks(parts: Iterator[Part]) -> None:
+        probabilities = _Probabilities(q_BHSX, scale)
+        for part in parts:
+            inputs = (x[part].contiguous() for x in (q_BHSX, k_BHSX, v_BHSV, grad_BHSV))
+            _backward_of_part(probabilities, *inputs, *(x[part] for x in grads))
+
+    spread(blocks, _parts(q_BHSX))
     return grads  # type: ignore[return-value]
+
+
+def _backward_of_part(
+    probabilities: _Probabilities,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Writes the gradients of q, k [heads, S, X] and v [heads, S, V]."""
+    wide, dtype, scale = probabilities.buffers.dtype, q.dtype, probabilities.scale
+    wide_q, wide_k = q.to(wide), k.to(wide)
+    sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for rows in probabilities.rows(q.shape[1]):
+        seen = slice(0, rows.stop)
+        p, grad_p = probabilities.of(wide_q, wide_k, rows)
+        if dtype != wide:  # rounded for the products, as flash attention does
+            p, grad_p = p.to(dtype), grad_p.view(dtype).flatten()[: p.numel()].view(p.shape)
+        _add_bmm(sum_v[:, seen], p.transpose(1, 2), grad[:, rows])
+        torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2), out=grad_p)
+        grad_scores = torch.ops.aten._softmax_backward_data.out(grad_p, p, -1, dtype, grad_input=grad_p)
+        torch.mul(torch.bmm(grad_scores, k[:, seen]), scale, out=grad_q[:, rows])
+        _add_bmm(sum_k[:, seen], grad_scores.transpose(1, 2), q[:, rows])
+    torch.mul(sum_k, scale, out=grad_k)
+    grad_v.copy_(sum_v)
 
 
 def _add_bmm(acc: Tensor, left: Tensor, right: Tensor) -> None:
     """acc += left @ right for each head, acc FP32 or as the operands."""
-    acc += torch.bmm(left, right)
+    if acc.dtype == left.dtype:
+        acc.baddbmm_(left, right)
+    else:
+        acc += torch.bmm(left, right)
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-# Temporaries in cache, and passes so short that torch keeps them on one thread: waking a second one costs more.
-CHUNK_ELEMENTS = 1 << 15
+# Temporaries in cache, and passes so short that torch keeps them on one thread, sums included, which it splits from
+# 1 << 15 elements on: waking a second thread costs more than such a pass.
+CHUNK_ELEMENTS = (1 << 15) - 1
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:

@@ -3,12 +3,15 @@
 Backward gives the input's gradient; the weight's goes through the sink (`weight_grad.py`).
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.threads import spread
 from model.weight_grad import Weighted, WeightGradSink, add_product
 
 
@@ -86,12 +89,20 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -
     if x_RI.is_cuda:
         ends_E = torch.tensor(counts, device=x_RI.device).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
-    if x_RI.dtype == torch.bfloat16:
-        return _grouped_product_in_tiles(x_RI, weight_EIO, counts)
-    y_RO = x_RI.new_empty(x_RI.shape[0], weight_EIO.shape[2])
-    for x, weight, y in zip(x_RI.split(counts), weight_EIO, y_RO.split(counts), strict=True):
-        if len(x):
-            torch.mm(x, weight, out=y)
+    num_rows, low = len(x_RI), x_RI.dtype == torch.bfloat16
+    y_RO = x_RI.new_empty(num_rows, weight_EIO.shape[2])
+
+    def products(experts: Iterator[tuple[int, slice]]) -> None:
+        for expert, rows in experts:
+            weight, end = weight_EIO[expert], rows.start + _tiled(rows.stop - rows.start)
+            if not low or end == rows.stop:
+                torch.mm(x_RI[rows], weight, out=y_RO[rows])
+            elif end <= num_rows:  # also some of the next expert's rows, whose results are dropped
+                y_RO[rows] = torch.mm(x_RI[rows.start : end], weight)[: rows.stop - rows.start]
+            else:
+                y_RO[rows] = torch.mm(_padded(x_RI[rows], end - rows.start), weight)[: rows.stop - rows.start]
+
+    spread(products, _rows_of_experts(counts))
     return y_RO
 
 
@@ -104,36 +115,32 @@ def _tiled(count: int) -> int:
     return -(-count // TILE_ROWS) * TILE_ROWS
 
 
-def _grouped_product_in_tiles(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """As grouped_product: each expert also multiplies some of the next one's rows, which that one then overwrites."""
-    num_rows, start = len(x_RI), 0
-    y_RO = x_RI.new_empty(num_rows + TILE_ROWS, weight_EIO.shape[2])
-    for count, weight in zip(counts, weight_EIO, strict=True):
-        if count:
-            window = slice(start, start + _tiled(count))
-            torch.mm(_padded(x_RI, window), weight, out=y_RO[window])
-            start += count
-    return y_RO[:num_rows]
+def _rows_of_experts(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
+    """Experts that have rows, and which."""
+    ends = list(itertools.accumulate(counts))
+    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
 
 
-def _padded(rows: Tensor, window: slice) -> Tensor:
-    """rows[window], with zeros for what lies beyond their end."""
-    part = rows[window]
-    missing = window.stop - window.start - len(part)
-    return F.pad(part, (0, 0, 0, missing)) if missing else part
+def _padded(rows_RD: Tensor, num_rows: int) -> Tensor:
+    """The rows, and zeros up to `num_rows`."""
+    return F.pad(rows_RD, (0, 0, 0, num_rows - len(rows_RD)))
 
 
 def add_grouped_product(acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...]) -> None:
     """acc[e] += grad^T x over the rows of expert e, accumulators in FP32."""
-    start = 0
-    for acc, count in zip(acc_EOI, counts, strict=True):
-        if not count:
-            continue
-        grad, x = grad_RO[start : start + count], x_RI[start : start + count]
-        if x.dtype == torch.bfloat16 and not x.is_cuda:
-            grad, x = _padded(grad, slice(0, _tiled(count))), _padded(x, slice(0, _tiled(count)))
-        add_product(acc, grad.t(), x)
-        start += count
+    pad = x_RI.dtype == torch.bfloat16 and not x_RI.is_cuda
+
+    def products(experts: Iterator[tuple[int, slice]]) -> None:
+        for expert, rows in experts:
+            grad, x = grad_RO[rows], x_RI[rows]
+            if pad:
+                grad, x = _padded(grad, _tiled(len(grad))), _padded(x, _tiled(len(x)))
+            add_product(acc_EOI[expert], grad.t(), x)
+
+    if x_RI.is_cuda:
+        products(iter(_rows_of_experts(counts)))
+    else:
+        spread(products, _rows_of_experts(counts))
 
 
 class GroupedLinear(Weighted):

@@ -27,11 +27,12 @@ class _HeadLoss(torch.autograd.Function):
         grad_TV = h_TD.new_empty(num_tokens if keep else min(chunk, num_tokens), vocab)
         loss_T = torch.empty(num_tokens, dtype=torch.float32, device=h_TD.device)
         scratch = torch.empty(2, min(chunk, num_tokens), vocab, dtype=torch.float32, device=h_TD.device)
+        if keep:
+            torch.mm(h_TD, weight_VD.t(), out=grad_TV)  # at once: small products are slow
         for start in range(0, num_tokens, chunk):
             part = slice(start, min(start + chunk, num_tokens))
             labels = labels_T[part]
-            logits = grad_TV[part] if keep else grad_TV[: len(labels)]
-            torch.mm(h_TD[part], weight_VD.t(), out=logits)
+            logits = grad_TV[part] if keep else torch.mm(h_TD[part], weight_VD.t(), out=grad_TV[: len(labels)])
             wide, p = scratch[0, : len(labels)].copy_(logits), scratch[1, : len(labels)]
             loss_T[part] = _cross_entropy(wide, labels, p)
             if keep:

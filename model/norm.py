@@ -31,14 +31,16 @@ class _RMSNorm(torch.autograd.Function):
         x_TD, grad_TD = x.flatten(0, -2), grads[0].flatten(0, -2)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_x_TD, grad_weight = grad_x.view(x_TD.shape), torch.zeros_like(weight, dtype=torch.float32)
+        size = x.shape[-1]
+        # v g / |v| with g = sqrt(D) and the norm that eps makes larger is this norm: one pass for its gradient.
+        norm_T1, gain_T1 = size**0.5 / inverse_rms_T1, torch.full_like(inverse_rms_T1, size**0.5)
         for rows in row_chunks(x_TD):
-            grad_y, inverse_rms = grad_TD[rows].float(), inverse_rms_T1[rows]
-            normed = x_TD[rows].float() * inverse_rms
-            grad_normed = grad_y * weight
+            x_rows, grad_y = x_TD[rows].float().contiguous(), grad_TD[rows].float()
+            grad_x_TD[rows], _ = torch.ops.aten._weight_norm_interface_backward(
+                grad_y * weight, x_rows, gain_T1[rows], norm_T1[rows], 0
+            )
             if ctx.needs_input_grad[1]:
-                grad_weight += torch.linalg.vecdot(grad_y, normed, dim=0)
-            projection = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1).div_(x.shape[-1])
-            torch.mul(grad_normed.sub_(normed.mul_(projection)), inverse_rms, out=grad_x_TD[rows])
+                grad_weight += grad_y.mul(x_rows).mul_(inverse_rms_T1[rows]).sum(0)
         if ctx.needs_input_grad[1]:
             ctx.sink.put(weight, lambda acc: acc.add_(grad_weight))
         return grad_x, None, None, None
