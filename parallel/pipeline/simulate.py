@@ -117,7 +117,8 @@ def simulate(schedule: Schedule, costs: StepCosts | None = None) -> Timeline:
             inputs.send(action, end)
     makespan = max(clock)
     busy = sum(timed.end - timed.start for timeds in ranks for timed in timeds)
-    return Timeline(tuple(map(tuple, ranks)), makespan, 1 - busy / (makespan * schedule.num_ranks) if makespan else 0.0)
+    bubble = max(0.0, 1 - busy / (makespan * schedule.num_ranks)) if makespan else 0.0  # not -0 by rounding
+    return Timeline(tuple(map(tuple, ranks)), makespan, bubble)
 
 
 class _Durations:
