@@ -1,0 +1,94 @@
+"""What bounds a run, and what would help: every change planned again, none of it from a list of sayings. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from parallel.pipeline.schedules import SCHEDULES, ScheduleError
+from parallel.pipeline.split import SplitError
+from parallel.plan.cost import StageCosts
+from parallel.plan.job import Job
+from parallel.plan.step import Plan, plan
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change and what it does: seconds of the step saved, and whether every rank still fits."""
+
+    what: str
+    step_seconds: float
+    saved_seconds: float
+    fits: bool
+
+
+def bound_by(found: Plan) -> str:
+    """memory, bubble, all_to_all or computation: what most of the step's time, or its start, hangs on.
+
+    memory: the fullest rank does not fit. bubble: ranks idle for longer than anything else takes. all_to_all: in the
+    pairs, transfers take longer than what is computed beside them.
+    """
+    if not found.fits:
+        return "memory"
+    compute, moved = pair_work(found.costs)
+    busy = found.split.step - found.split.bubble
+    if found.split.bubble > busy:
+        return "bubble"
+    return "all_to_all" if moved > compute else "computation"
+
+
+def pair_work(costs: StageCosts) -> tuple[float, float]:
+    """Seconds of a forward and a backward on the mean stage: computed, and travelled."""
+    compute = moved = 0.0
+    for chain in costs.paired:
+        for layer in chain.links:
+            moved += layer.dispatch + layer.combine + layer.dispatch_grad + layer.combine_grad
+            compute += layer.attend + layer.shared + layer.experts
+            compute += layer.attend_grad + layer.shared_grad + layer.experts_grad
+            compute += layer.attend_weights + layer.shared_weights + layer.experts_weights
+        compute += chain.end.forward + chain.end.grad + chain.end.weights
+    stages = len(costs.paired)
+    return compute / stages, moved / stages
+
+
+def changes(found: Plan, *, most: int = 3) -> list[Change]:
+    """The changes that save most time; where the run does not fit, those that make it fit come first."""
+    tried = []
+    for what, job in candidates(found.job):
+        try:
+            other = plan(job)
+        except (ScheduleError, SplitError):
+            continue
+        per_token = other.step_seconds / job.tokens_per_step * found.job.tokens_per_step
+        tried.append(Change(what, per_token, found.step_seconds - per_token, other.fits))
+    useful = [c for c in tried if (c.saved_seconds > 0.002 * found.step_seconds and c.fits >= found.fits)
+              or (c.fits and not found.fits)]  # fmt: skip
+    return sorted(useful, key=lambda c: (-c.fits, -c.saved_seconds))[:most]
+
+
+def candidates(job: Job) -> Iterator[tuple[str, Job]]:
+    """Single changes of the configuration, the batch or the cluster."""
+    parallel = job.parallel
+    if job.precision != "fp8":
+        yield "train.precision=fp8", replace(job, precision="fp8")
+    if parallel.expert > 1:
+        if parallel.dispatcher == "flat":
+            yield "parallel.dispatcher=collective", job.with_parallel(dispatcher="collective")
+        if parallel.dispatch_wire != "fp8":
+            wires = {"dispatch_wire": "fp8", "dispatch_grad_wire": "fp8"}
+            if parallel.dispatcher == "flat":
+                wires["dispatcher"] = "collective"
+            text = "parallel.dispatch_wire=fp8 and dispatch_grad_wire=fp8"
+            yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
+        if parallel.overlap != "all":
+            yield "parallel.overlap=all", job.with_parallel(overlap="all")
+    for level in ("none", "attend", "layer"):
+        if level != parallel.recompute:
+            yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
+    for name in ("1f1b", "zbv", "dualpipev", "dualpipe"):
+        if name != parallel.schedule and parallel.pipeline > 1 and name in SCHEDULES:
+            yield f"parallel.schedule={name}", job.with_parallel(schedule=name, layers_per_stage=None)
+    if parallel.pipeline > 1:
+        doubled = 2 * job.global_batch_size
+        yield f"train.global_batch_size={doubled}", replace(job, global_batch_size=doubled)
+    if parallel.expert > job.hardware.gpus_per_node:
+        faster = replace(job.hardware, ib_bytes_per_second=2 * job.hardware.ib_bytes_per_second)
+        yield "twice the InfiniBand bandwidth", replace(job, hardware=faster)

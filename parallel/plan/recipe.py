@@ -1,0 +1,92 @@
+"""Days, GPU-hours and money of a whole run: the growing batch at its start and the longer contexts at its end. No torch."""
+
+from bisect import bisect
+from dataclasses import dataclass, replace
+
+from parallel.pipeline.simulate_phases import simulate_phases
+from parallel.plan.cost import price
+from parallel.plan.job import Job
+from parallel.plan.step import Plan
+
+RAMP_TOKENS = 469e9  # report section 4.2: 3,072 to 15,360 sequences in the first 469B tokens, steps not published
+RAMP_FROM = 3072
+RAMP_STEPS = 16  # equal shares of the tokens, the batch growing evenly: our choice
+EXTENSIONS = ((32768, 1920, 1000), (131072, 480, 1000))  # sequence length, sequences a step, steps: report section 4.3
+
+
+@dataclass(frozen=True)
+class Hours:
+    """GPU-hours of pretraining with its ramp, of the ramp alone, and of each extension phase."""
+
+    pretraining: float
+    ramp: float
+    extensions: tuple[float, ...]
+    num_gpus: int
+    dollars_per_gpu_hour: float
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return self.pretraining + sum(self.extensions)
+
+    @property
+    def days(self) -> float:
+        """On all GPUs at once."""
+        return self.total / self.num_gpus / 24
+
+    @property
+    def dollars(self) -> float:
+        """At the price per hour."""
+        return self.total * self.dollars_per_gpu_hour
+
+
+def step_seconds(job: Job, plan: Plan) -> float:
+    """Of a job that differs from a plan's in batch or sequence length alone."""
+    schedule = job.schedule()
+    costs = price(schedule, plan.stages, job.shape(), job.hardware, job.calibration, bare=job.bare)
+    level = job.parallel.overlap if job.parallel.expert > 1 else "off"
+    end = plan.split.optimizer + plan.split.exposed_communication
+    return simulate_phases(schedule, costs, level=level).makespan + end
+
+
+def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
+    """Of the plan's run. The ramp is that of the report where the run is long enough for it and its batch larger."""
+    job = plan.job
+    per_hour = job.hardware.dollars_per_gpu_hour if price_per_hour is None else price_per_hour
+    gpu_hours = job.num_gpus / 3600
+    full = plan.step_seconds / job.tokens_per_step
+    if not has_ramp(job):
+        return Hours(job.tokens * full * gpu_hours, 0.0, (), job.num_gpus, per_hour)
+    ramp = _ramp_seconds(plan) * gpu_hours
+    extensions = []
+    for length, sequences, steps in EXTENSIONS:
+        samples = job.micro_batch_size * job.parallel.data
+        whole = -(-sequences // samples) * samples  # the nearest batch that every pipeline can share
+        longer = replace(job, sequence_length=length, global_batch_size=whole)
+        extensions.append(steps * step_seconds(longer, plan) * sequences / whole * gpu_hours)
+    rest = (job.tokens - RAMP_TOKENS) * full * gpu_hours
+    return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour)
+
+
+def has_ramp(job: Job) -> bool:
+    """Whether the report's ramp and extensions are counted."""
+    fits = RAMP_FROM % (job.micro_batch_size * job.parallel.data) == 0
+    return job.tokens > 2 * RAMP_TOKENS and job.global_batch_size > RAMP_FROM and fits
+
+
+def _ramp_seconds(plan: Plan) -> float:
+    """The step is simulated at the first, the middle and the last batch, and taken to be straight between them."""
+    job = plan.job
+    samples = job.micro_batch_size * job.parallel.data
+    middle = (RAMP_FROM + job.global_batch_size) // 2 // samples * samples
+    batches = [RAMP_FROM, middle, job.global_batch_size]
+    known = [step_seconds(replace(job, global_batch_size=batch), plan) for batch in batches[:2]]
+    times = [*known, plan.step_seconds]
+    total = 0.0
+    for i in range(RAMP_STEPS):
+        batch = RAMP_FROM + (job.global_batch_size - RAMP_FROM) * (i + 0.5) / RAMP_STEPS
+        at = min(bisect(batches, batch), 2) - 1
+        share = (batch - batches[at]) / (batches[at + 1] - batches[at])
+        seconds = times[at] + share * (times[at + 1] - times[at])
+        total += RAMP_TOKENS / RAMP_STEPS / (batch * job.sequence_length) * seconds
+    return total
