@@ -11,8 +11,10 @@ import torch
 from data.loader import Loader
 from launcher.config import RunConfig
 from launcher.runtime import Process
+from launcher.step_plan import StepPlan
 from model.fp8.apply import apply_fp8
 from optim.adamw import AdamW
+from optim.schedule import value_at
 from parallel.apply import Layout, LocalModel, build_local_model
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action
@@ -44,6 +46,22 @@ class Progress:
     samples: int = 0
 
 
+class Executors:
+    """The executor of each number of micro-batches: made when a step needs it, kept until one needs another.
+
+    make: a new one for a number; first: of the largest step, which a run without a ramp never leaves.
+    """
+
+    def __init__(self, make: Callable[[int], Executor], first: int) -> None:
+        self._make, self._number, self.last = make, first, make(first)
+
+    def of(self, num_microbatches: int) -> Executor:
+        """The executor of a step; a batch that grows makes a new one at most once for each of its levels."""
+        if num_microbatches != self._number:
+            self.last, self._number = self._make(num_microbatches), num_microbatches
+        return self.last
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a training step of one rank works with."""
@@ -54,19 +72,25 @@ class Run:
     groups: Groups
     layout: Layout
     model: LocalModel
-    executor: Executor
+    executors: Executors
     zero1: Zero1
     optimizer: AdamW
     loader: Batches
     progress: Progress
+    plan: StepPlan
+
+    @property
+    def executor(self) -> Executor:
+        """What ran the last step, or would run the largest one."""
+        return self.executors.last
 
 
-def plan_layout(config: RunConfig) -> Layout:
-    """Schedule and stages of the run; pure."""
+def plan_layout(config: RunConfig, num_microbatches: int | None = None) -> Layout:
+    """Schedule and stages of the run, for steps of so many micro-batches (None: the largest); pure."""
     schedule = build_schedule(
         config.parallel.schedule,
         num_ranks=config.parallel.pipeline,
-        num_microbatches=config.num_microbatches,
+        num_microbatches=num_microbatches or config.num_microbatches,
         stages_per_rank=config.parallel.stages_per_rank,
     )
     layers = config.parallel.layers_per_stage
@@ -101,9 +125,19 @@ def build(
     )
     overlap = config.parallel.overlap if config.parallel.expert > 1 else "off"  # else nothing is ever in transit
     stages = ModelStages(model.stages, cut=overlap != "off", recompute=config.parallel.recompute)
-    executor = Executor(
-        layout.schedule, mesh, groups, stages,
-        dtype=dtype, device=process.device, overlap=overlap, on_action=on_action,
-    )  # fmt: skip
-    batches = loader or Loader(config.data)
-    return Run(config, process, mesh, groups, layout, model, executor, zero1, optimizer, batches, Progress())
+
+    def executor(num_microbatches: int) -> Executor:
+        return Executor(
+            plan_layout(config, num_microbatches).schedule, mesh, groups, stages,
+            dtype=dtype, device=process.device, overlap=overlap, on_action=on_action,
+        )  # fmt: skip
+
+    executors = Executors(executor, config.num_microbatches)
+    batches, plan = loader or open_data(config), StepPlan(config)
+    return Run(config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan)
+
+
+def open_data(config: RunConfig) -> Loader:
+    """The configured data, documents turned at the rate of the tokens seen."""
+    rates = config.optim.fim_rate
+    return Loader(config.data, fim_rate=(lambda tokens: value_at(rates, tokens)) if rates else None)

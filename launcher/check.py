@@ -22,9 +22,17 @@ from launcher.check_layout import (
     divisors,
     either,
 )
+from launcher.check_recipe import (
+    check_continuation,
+    check_data,
+    check_packing,
+    check_phases,
+    check_positions,
+    check_predecessor,
+    check_segments,
+)
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
-from optim.config import Segment
 from parallel.config import COMBINE_WIRES, DISPATCH_WIRES, DISPATCHERS
 
 Rule = Callable[[RunConfig], list[str]]
@@ -37,7 +45,12 @@ MINIMUM = {
     "data.seed": 0,
     "train.seed": 0,
     "train.threads": 0,
+    "train.batch_multiple": 0,
     "train.checkpoint_every": 0,
+    "train.keep_every": 0,
+    "train.spike_window": 8,
+    "train.silent_rank_seconds": 3,
+    "train.stuck_seconds": 3,
     "train.expert_counts_every": 0,
     "fp8.watch_every": 0,
     "train.record_actions_every": 0,
@@ -52,6 +65,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "optim.clip_norm": (lambda x: x > 0, "above 0, such as 1.0, or inf for no clipping"),
     "parallel.all_to_all_over_compute": (lambda x: 0 <= x < math.inf, "0 or more, such as 1.0"),
     "parallel.memory_gib": (lambda x: 0 < x < math.inf, "above 0, such as 60, or null for no limit"),
+    "train.spike_loss": (lambda x: x > 0, "above 0, such as 1.0, or inf for no limit"),
+    "train.spike_grad_norm": (lambda x: x > 1, "above 1, such as 20, or inf for no limit"),
     "model.rms_norm_eps": (lambda x: 0 < x < 1, "between 0 and 1, such as 1e-6"),
     "model.rope_theta": (lambda x: 1 < x < math.inf, "above 1, such as 10000"),
     "model.initializer_range": (lambda x: 0 < x < math.inf, "above 0, such as 0.006"),
@@ -61,21 +76,20 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "model.rope_scaling.beta_fast": (lambda x: 0 < x < math.inf, "above 0, such as 32"),
     "model.rope_scaling.beta_slow": (lambda x: 0 < x < math.inf, "above 0, such as 1"),
 }
-SEGMENT_SHAPES = ("constant", "linear", "cosine")
-SCHEDULED = {"lr": "0 to 1", "mtp_lambda": "0 or more", "bias_update_speed": "0 to 1"}
 
 
 def problems(config: RunConfig, world_size: int | None, with_data: bool = True) -> list[str]:
     """Every reason why this run could not start or would not mean what it says; empty when there is none.
 
     world_size: processes that an outer launcher has started; None when the run starts its own. with_data: whether the
-    token files must be there.
+    token files and the checkpoint to begin with must be there.
     """
     found = [message for rule in RULES for message in rule(config)]
     if world_size is not None:
         found.extend(check_world_size(config, world_size))
     if with_data:
         found.extend(check_data(config))
+        found.extend(check_predecessor(config))
     return list(dict.fromkeys(found))
 
 
@@ -136,6 +150,7 @@ def check_choices(config: RunConfig) -> list[str]:
         "parallel.combine_wire": COMBINE_WIRES,
         "optim.moments": ("bf16", "fp32"),
         "train.precision": ("bf16", "fp32", "fp8"),
+        "train.spike_policy": ("warn", "skip", "rollback"),
         "train.device": ("auto", "cpu", "cuda"),
         "model.mtp_hidden": ("after_norm", "before_norm"),
         "model.rope_scaling.type": ("yarn",),
@@ -151,34 +166,6 @@ def check_names(config: RunConfig) -> list[str]:
     """Names that become paths are not empty."""
     values = {"name": config.name, "run_dir": config.run_dir, "data.prefix": config.data.prefix}
     return [f"{key}='': use a name such as {key}=runs/tiny" for key, value in values.items() if not value.strip()]
-
-
-def check_segments(config: RunConfig) -> list[str]:
-    """Each schedule over tokens has pieces of known shape, possible values, and none that can never begin."""
-    found = []
-    for name, words in SCHEDULED.items():
-        segments: tuple[Segment, ...] = getattr(config.optim, name)
-        if not segments:
-            found.append(f"optim.{name}=[]: use at least one segment, such as [{{shape: constant, value: 1e-3}}]")
-        for i, segment in enumerate(segments):
-            found.extend(_segment_problems(f"optim.{name}.{i}", segment, words, is_last=i == len(segments) - 1))
-    return found
-
-
-def _segment_problems(key: str, segment: Segment, words: str, *, is_last: bool) -> list[str]:
-    found = []
-    if segment.shape not in SEGMENT_SHAPES:
-        found.append(f"{key}.shape={segment.shape}: use {either(SEGMENT_SHAPES)}")
-    high = 1.0 if words == "0 to 1" else math.inf
-    if not 0 <= segment.value <= high or segment.value == math.inf:
-        found.append(f"{key}.value={segment.value:g}: use a number from {words}")
-    if not segment.tokens > 0:
-        found.append(f"{key}.tokens={segment.tokens:g}: use a number of tokens above 0, such as 1e9")
-    elif segment.tokens == math.inf and segment.shape in ("linear", "cosine"):
-        found.append(f"{key}.tokens=inf: a {segment.shape} segment must end; use a number of tokens such as 1e9")
-    elif segment.tokens == math.inf and not is_last:
-        found.append(f"{key}.tokens=inf: the segments after it never begin; use a number of tokens such as 1e9")
-    return found
 
 
 # --- the model ---------------------------------------------------------------------------------------------------
@@ -230,24 +217,7 @@ def check_layers(config: RunConfig) -> list[str]:
     return found
 
 
-def check_positions(config: RunConfig) -> list[str]:
-    """Sequences fit the positions that the model knows, and are long enough to predict from."""
-    length, most = config.data.sequence_length, config.model.max_position_embeddings
-    depth = config.model.num_nextn_predict_layers
-    if length > most >= 1:
-        return [
-            f"data.sequence_length={length} is more than model.max_position_embeddings={most}: "
-            f"use {most} or less, or model.max_position_embeddings={length}"
-        ]
-    if 1 <= length <= depth:
-        return [
-            f"data.sequence_length={length} has no token left to predict at model.num_nextn_predict_layers={depth}: "
-            f"use {depth + 1} or more"
-        ]
-    return []
-
-
-# --- the machine and the data ------------------------------------------------------------------------------------
+# --- the machine ------------------------------------------------------------------------------------------------
 
 
 def check_device(config: RunConfig) -> list[str]:
@@ -267,41 +237,6 @@ def torch_has_cuda() -> bool:
     return any(list((Path(folder) / "lib").glob("*torch_cuda*")) for folder in folders)
 
 
-def check_data(config: RunConfig) -> list[str]:
-    """The token files are there, whole, long enough, and within the model's vocabulary."""
-    from data.tokens import problems as token_problems
-
-    model, data = config.model, config.data
-    if not data.prefix.strip():
-        return []
-    if is_data_missing(config):
-        return [
-            f"data.prefix={data.prefix}: no {data.prefix}.json there: prepare the data with `{prepare_command(config)}`"
-        ]
-    found = []
-    for message in token_problems(data.prefix, model.vocab_size, data.sequence_length):
-        if "vocab_size" in message:
-            key = f"model.vocab_size={model.vocab_size}"
-        elif "sequence_length" in message:
-            key = f"data.sequence_length={data.sequence_length}"
-        else:
-            key = f"data.prefix={data.prefix}"
-        found.append(f"{key}: {message}")
-    return found
-
-
-def is_data_missing(config: RunConfig) -> bool:
-    """Whether nothing was prepared under data.prefix, as against something broken."""
-    return not any(Path(config.data.prefix + ending).exists() for ending in (".json", ".idx", ".bin"))
-
-
-def prepare_command(config: RunConfig) -> str:
-    """The command that prepares data where this run looks for it."""
-    folder = Path(config.data.prefix).parent
-    corpus = "full" if folder.name == "full" else "stdlib"
-    return f"expertpipe prepare --corpus {corpus} --vocab-size {config.model.vocab_size} --out {folder}"
-
-
 RULES: tuple[Rule, ...] = (
     check_whole_numbers,
     check_real_numbers,
@@ -311,11 +246,14 @@ RULES: tuple[Rule, ...] = (
     check_routing,
     check_layers,
     check_positions,
+    check_packing,
+    check_continuation,
     check_experts,
     check_nodes,
     check_batch,
     check_schedule,
     check_stages,
+    check_phases,
     check_device,
     check_fp8_words,
     check_transformer_engine,

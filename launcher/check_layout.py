@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launcher.config import RunConfig
+from optim.ramp import ramp_problems
 from parallel.config import wire_problems
 
 
@@ -48,7 +49,11 @@ def check_nodes(config: RunConfig) -> list[str]:
 def check_batch(config: RunConfig) -> list[str]:
     """The batch of a step splits into whole micro-batches on every data rank."""
     batch, micro, data = config.train.global_batch_size, config.train.micro_batch_size, config.parallel.data
-    if min(batch, micro, data) < 1 or batch % (micro * data) == 0:
+    if min(micro, data) < 1:
+        return []
+    if not isinstance(batch, int):
+        return _ramp_problems(config)
+    if batch < 1 or batch % (micro * data) == 0:
         return []
     samples, pipeline, whole = micro * data, config.parallel.pipeline, batch // (micro * data)
     below = range(whole, max(0, whole - 2 * min(pipeline, config.model.num_hidden_layers)), -1)
@@ -65,21 +70,44 @@ def check_schedule(config: RunConfig) -> list[str]:
     """The pipeline schedule exists for this many ranks and micro-batches."""
     parallel, train = config.parallel, config.train
     samples = train.micro_batch_size * parallel.data
-    if not _is_schedule(parallel.schedule) or min(parallel.pipeline, samples, train.global_batch_size) < 1:
+    if not _is_schedule(parallel.schedule) or min(parallel.pipeline, samples) < 1:
         return []
-    if parallel.pipeline > config.model.num_hidden_layers or train.global_batch_size % samples:
+    if isinstance(train.global_batch_size, int) and train.global_batch_size < 1:
+        return []
+    if parallel.pipeline > config.model.num_hidden_layers or check_batch(config):
         return []  # another rule says so
-    count = config.num_microbatches
-    reason = _schedule_error(config, parallel.pipeline, count) if count else "a step needs at least one micro-batch"
-    if reason is None:
-        return []
+    for count in config.microbatch_counts:
+        reason = _schedule_error(config, parallel.pipeline, count) if count else "a step needs at least one micro-batch"
+        if reason is not None:
+            return [_no_schedule(config, count, reason)]
+    return []
+
+
+def _no_schedule(config: RunConfig, count: int, reason: str) -> str:
+    parallel, train = config.parallel, config.train
+    samples = train.micro_batch_size * parallel.data
     works = next((n for n in _more_microbatches(config, count) if not _schedule_error(config, parallel.pipeline, n)), 0)
     advice = f"; train.global_batch_size={works * samples} would give {works}" if works else ""
-    return [
+    return (
         f"parallel.schedule={parallel.schedule} with parallel.pipeline={parallel.pipeline} and {count} micro-batches "
-        f"(train.global_batch_size={train.global_batch_size} / (train.micro_batch_size={train.micro_batch_size} * "
+        f"(train.global_batch_size={count * samples} / (train.micro_batch_size={train.micro_batch_size} * "
         f"parallel.data={parallel.data})): {reason}{advice}"
-    ]
+    )
+
+
+def _ramp_problems(config: RunConfig) -> list[str]:
+    """A batch that grows does so by multiples that every data rank can split."""
+    train = config.train
+    assert not isinstance(train.global_batch_size, int)
+    samples = train.micro_batch_size * config.parallel.data
+    multiple = train.batch_multiple or samples
+    if multiple < 1 or multiple % samples:
+        low = max(1, multiple // samples)
+        return [
+            f"train.batch_multiple={multiple} is not divisible by train.micro_batch_size={train.micro_batch_size} * "
+            f"parallel.data={config.parallel.data} = {samples}: use {low * samples} or {(low + 1) * samples}"
+        ]
+    return ramp_problems("train.global_batch_size", train.global_batch_size, multiple=multiple)
 
 
 def _is_schedule(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The whole run as one frozen dataclass; Hydra composes it, nothing below this file sees a DictConfig.
+"""A run from YAML files and overrides: Hydra composes it, nothing below this file sees a DictConfig.
 
 Hydra stops at the first mistake and knows no types, so it is asked for one thing only: to merge YAML files and
 overrides into a tree. Keys are compared with the dataclasses before, values are converted after, and every mistake
@@ -13,11 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from data.config import DataConfig
-from model.config import ModelConfig
-from model.fp8.config import DEFAULT_FP8, FP8Config
-from optim.config import OptimConfig
-from parallel.config import ParallelConfig
+from launcher.run_config import RunConfig
+from launcher.run_config import TrainConfig as TrainConfig  # its readers know one place for both
 
 GROUPS = ("model", "parallel", "optim", "data", "experiment")
 
@@ -30,44 +27,6 @@ class ConfigError(ValueError):
     def __init__(self, errors: Sequence[str]) -> None:
         super().__init__("\n".join(errors))
         self.errors = list(errors)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The loop: how much, in what pieces, with what arithmetic, and what is written when."""
-
-    steps: int
-    global_batch_size: int  # sequences a step, over all data ranks and micro-batches
-    micro_batch_size: int = 1  # sequences a micro-batch
-    # bf16 | fp32: weights and activations; masters and gradients are always FP32. fp8: bf16, linears in FP8
-    precision: str = "bf16"
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda
-    threads: int = 0  # CPU threads a rank; 0: cores / local ranks, at least 1
-    checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2
-    expert_counts_every: int = 0  # steps between rows of every expert's tokens in the event log; 0: never
-    record_actions_every: int = 0  # steps between those whose pipeline actions go to actions_rank<k>.jsonl; 0: never
-    timeout_seconds: int = 600  # a collective or a message that takes longer ends the run
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything `expertpipe train` needs to know."""
-
-    name: str
-    run_dir: str
-    model: ModelConfig
-    parallel: ParallelConfig
-    optim: OptimConfig
-    data: DataConfig
-    train: TrainConfig
-    fp8: FP8Config = DEFAULT_FP8
-
-    @property
-    def num_microbatches(self) -> int:
-        """Micro-batches of one pipeline and step, both directions together."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
 
 
 @dataclass(frozen=True)
@@ -273,6 +232,8 @@ def convert(kind: Any, value: Any, errors: dict[str, str], path: str = "") -> An
         return None if value is None else convert(optional, value, errors, path)
     if is_dataclass(kind):
         return _convert_dataclass(cast(type, kind), value, errors, path)
+    if get_origin(kind) in (Union, types.UnionType):  # a number or a list
+        kind = next(arg for arg in get_args(kind) if (get_origin(arg) is tuple) == isinstance(value, list | tuple))
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             return _fail(errors, path, value, "a list in brackets")
@@ -341,7 +302,7 @@ def _fail(errors: dict[str, str], path: str, value: Any, expected: str) -> None:
 
 def _without_none(kind: Any) -> Any:
     """X of `X | None`; None for every other annotation."""
-    if get_origin(kind) not in (Union, types.UnionType):
+    if type(None) not in get_args(kind):
         return None
     return next((arg for arg in get_args(kind) if arg is not type(None)), None)
 
@@ -368,6 +329,8 @@ def _key_exists(key: str) -> bool:
     kind: Any = RunConfig
     for part in key.split("."):
         kind = _without_none(kind) or kind
+        if part.isdecimal():
+            kind = next((arg for arg in get_args(kind) if get_origin(arg) is tuple), kind)  # of a number or a list
         if get_origin(kind) is tuple and part.isdecimal():
             kind = get_args(kind)[0]
         elif is_dataclass(kind) and part in get_type_hints(kind):

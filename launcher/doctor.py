@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.check import is_data_missing, prepare_command, problems
+from launcher.check import problems
+from launcher.check_recipe import is_data_missing, prepare_command
 from launcher.config import RunConfig, draft
 
 TABLE_COLUMNS = 80

@@ -26,7 +26,7 @@ class StepResult:
     loss, mtp_loss: global means in nats a token (mtp_loss: mean over depths, None without MTP). balance_loss: sum over
     layers of the mean sequence-wise loss. expert_load: largest over mean load of every MoE block, by block number.
     bias_range: widest span of a router's biases. expert_counts: tokens of every expert, by block number; None in a step
-    that does not log them.
+    that does not log them. tokens: that the main loss was computed on.
     """
 
     loss: float
@@ -37,6 +37,7 @@ class StepResult:
     expert_load: dict[int, float]
     bias_range: float
     expert_counts: dict[int, list[int]] | None = None
+    tokens: int = 0
 
 
 def microbatch(run: Run, number: int) -> Microbatch:
@@ -49,7 +50,7 @@ def microbatch(run: Run, number: int) -> Microbatch:
         data_size=run.config.parallel.data,
         micro_batch_size=train.micro_batch_size,
     )
-    share = train.micro_batch_size / train.global_batch_size
+    share = train.micro_batch_size / run.plan.at(tokens).batch
     mtp_lambda = value_at(run.config.optim.mtp_lambda, tokens)
     return Microbatch(torch.from_numpy(windows).to(run.process.device), share, mtp_lambda)
 
@@ -57,8 +58,9 @@ def microbatch(run: Run, number: int) -> Microbatch:
 def train_step(run: Run) -> StepResult:
     """Forward and backward of the global batch, reduction, clip, update; `run.progress` moves on by one step."""
     optim, progress = run.config.optim, run.progress
-    lr = value_at(optim.lr, progress.tokens + tokens_per_step(run))  # so that the first step of a warm-up counts
-    losses = run.executor.step(lambda number: microbatch(run, number))
+    planned = run.plan.at(progress.tokens)
+    lr = value_at(optim.lr, progress.tokens + planned.tokens)  # so that the first step of a warm-up counts
+    losses = run.executors.of(planned.num_microbatches).step(lambda number: microbatch(run, number))
     run.zero1.reduce_gradients()
     main, mtp, balance = _reduce_losses(run, losses)
     norm = global_norm(
@@ -77,21 +79,21 @@ def train_step(run: Run) -> StepResult:
     logged = _all_counts(run, counts) if every and (progress.step + 1) % every == 0 else None
     loads, bias_range = _balance_experts(run, counts, value_at(optim.bias_update_speed, progress.tokens))
     progress.step += 1
-    progress.tokens += tokens_per_step(run)
-    progress.samples += run.config.train.global_batch_size
+    progress.tokens += planned.tokens
+    progress.samples += planned.batch
     has_mtp = run.config.model.num_nextn_predict_layers > 0
-    return StepResult(main, mtp if has_mtp else None, balance, lr, norm, loads, bias_range, logged)
+    mtp_loss = mtp if has_mtp else None
+    return StepResult(main, mtp_loss, balance, lr, norm, loads, bias_range, logged, planned.tokens)
 
 
 def tokens_per_step(run: Run) -> int:
-    """Tokens the main loss is computed on in one step."""
-    return run.config.train.global_batch_size * run.config.data.sequence_length
+    """Tokens that the main loss of the coming step is computed on."""
+    return run.plan.at(run.progress.tokens).tokens
 
 
 def _reduce_losses(run: Run, losses: Mapping[int, StageLoss]) -> tuple[float, float, float]:
     """Global means of main loss, MTP loss and balance loss; each micro-batch's last stage is on exactly one rank."""
-    train = run.config.train
-    share = train.micro_batch_size / train.global_batch_size
+    share = run.config.train.micro_batch_size / run.plan.at(run.progress.tokens).batch
     sums = torch.zeros(3, dtype=torch.float64, device=run.process.device)
     for loss in losses.values():
         sums[0] += loss.main * share

@@ -1,6 +1,8 @@
 """Training: the loop, and what happens around a step. Runs in every rank."""
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -9,11 +11,14 @@ from launcher import measured
 from launcher.build import Run, build, plan_layout
 from launcher.checkpoint import checkpoints_dir, latest, load, save
 from launcher.config import RunConfig, to_yaml
+from launcher.continuation import begin_with
 from launcher.display import Display
 from launcher.events import EventLog, StepEvent
 from launcher.recorder import Recorder, recorder_path
 from launcher.runtime import is_lost_peer, process_group
-from launcher.step import NonFiniteError, StepResult, tokens_per_step, train_step
+from launcher.step import NonFiniteError, StepResult, train_step
+from parallel.expert.native.failure import NativeError
+from parallel.expert.roll_call import ExpertError
 from parallel.pipeline.p2p import PipelineError
 
 
@@ -28,12 +33,15 @@ def train(config: RunConfig) -> int:
         if found is not None:
             recorder.note(step, f"loading {found.name}")
             load(run, found)
+        elif config.train.init_from:
+            recorder.note(step, f"beginning with {config.train.init_from}")
+            begin_with(run, Path(config.train.init_from))
         with _Log(run) as log:
             while run.progress.step < config.train.steps:
                 step, started = run.progress.step + 1, time.perf_counter()
                 try:
                     result = train_step(run)
-                except (NonFiniteError, PipelineError) as error:
+                except (NonFiniteError, PipelineError, ExpertError, NativeError) as error:
                     return log.failed(str(error))
                 except RuntimeError as error:
                     if not is_lost_peer(error):
@@ -77,9 +85,14 @@ def describe(config: RunConfig) -> list[str]:
         f"{config.name}: {c.main / 1e6:.1f}M weights, {c.active / 1e6:.1f}M active a token, MTP {c.mtp / 1e6:.1f}M",
         f"{p.world_size} ranks: pipeline {p.pipeline} ({p.schedule}, layers {sizes}) x data {p.data}, "
         f"expert {p.expert} inside data, ZeRO-1",
-        f"{config.train.global_batch_size} sequences of {config.data.sequence_length} tokens a step, "
-        f"{config.num_microbatches} micro-batches a pipeline, {config.train.precision}",
+        f"{_range(level.batch for level in config.batch_levels)} sequences of {config.data.sequence_length} tokens a "
+        f"step, {_range(config.microbatch_counts)} micro-batches a pipeline, {config.train.precision}",
     ]
+
+
+def _range(numbers: Iterable[int]) -> str:
+    low, high = min(found := list(numbers)), max(found)
+    return f"{low:d}" if low == high else f"{low:d} to {high:d}"
 
 
 class _Log:
@@ -115,7 +128,7 @@ class _Log:
             mtp_loss=result.mtp_loss,
             lr=result.lr,
             grad_norm=result.grad_norm,
-            tokens_per_second=tokens_per_step(self._run) / seconds,
+            tokens_per_second=result.tokens / seconds,
             step_seconds=seconds,
             expert_load_max_over_mean=max(loads, default=1.0),
             expert_load=loads,

@@ -22,6 +22,8 @@ class OptimConfig:
     lr: tuple[Segment, ...] = field(default_factory=lambda: (Segment("constant", 2.2e-4),))
     mtp_lambda: tuple[Segment, ...] = field(default_factory=lambda: (Segment("constant", 0.3),))
     bias_update_speed: tuple[Segment, ...] = field(default_factory=lambda: (Segment("constant", 1e-3),))
+    # Share of documents turned for fill in the middle; none: as the data was prepared. A run can only lower that rate.
+    fim_rate: tuple[Segment, ...] = ()
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

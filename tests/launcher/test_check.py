@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import data.tokens
+import data.check
 from launcher import check
 from launcher.check import checked, problems
 from launcher.config import ConfigError, RunConfig, choices, compose
@@ -216,7 +216,7 @@ def test_data_problems_name_their_key(
     problem: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.idx").touch()
-    monkeypatch.setattr(data.tokens, "problems", lambda *args: [problem])
+    monkeypatch.setattr(data.check, "problems", lambda *args: [problem])
     (message,) = problems(compose([*TINY, f"data.prefix={tmp_path}/train"]), None)
     assert message.startswith(start) and message.endswith(problem)
 

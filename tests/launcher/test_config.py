@@ -118,7 +118,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "parallel.pipelin: no such key; did you mean parallel.pipeline?",
         "pipeline: no such key; did you mean parallel.pipeline?",
         "foo: no such key; known are name, run_dir,",
-        "model=17b: no such choice; use 16b, 671b, bench85m or tiny",
+        "model=17b: no such choice; use 16b, 671b, 671b_thin, bench85m or tiny",
         "x: not an override; write key=value",
         "=3: not an override",
         "train.steps=ten: expected a whole number",
@@ -155,7 +155,7 @@ def test_all_mistakes_are_reported_together() -> None:
         ("model.rope_scaling={factor: 40}", "model.rope_scaling.original_max_position_embeddings: missing"),
         ("model.rope_scaling={factr: 40}", "did you mean model.rope_scaling.factor?"),
         ("modle=16b", "modle: no such key; did you mean model?"),
-        ("parallel.quux=1", "no such key; known are parallel.all_to_all_over_compute, parallel.data"),
+        ("parallel.quux=1", "no such key; known are parallel.all_to_all_over_compute, parallel.combine_wire"),
         ("optim.lr.0.value.x=1", "no such key"),
     ],
 )
