@@ -27,6 +27,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",  # hydra-core 1.3 does not work with 2.4
         "safetensors>=0.5",
+        "xxhash>=3",
         "tokenizers>=0.21",
         "matplotlib>=3.9",
         "rich>=13",

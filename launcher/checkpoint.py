@@ -1,100 +1,51 @@
-"""Checkpoints without pickle: every rank writes its shards as safetensors, a JSON manifest says what is where.
+"""The state of a run, to and from checkpoints. Without pickle: shards are safetensors, a JSON manifest says the rest.
 
 A tensor in a file is a flat stretch of one global tensor, under the key `kind/name@offset` (kind: master, exp_avg,
 exp_avg_sq, router_bias; offset: its first element in the flattened global tensor). So a reader with any other layout
-takes the stretches it needs, and nothing has to hold the whole model. A checkpoint is a directory `step-N`, complete
-or absent: it is written under another name, flushed, renamed, and only then named in `latest`.
+takes the stretches it needs, and nothing has to hold the whole model.
 """
 
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data.tokens import Manifest
+from data.tokens import Manifest, sibling
+from launcher.agreement import highest, messages, require_agreed
 from launcher.build import Progress, Run
-from launcher.config import RunConfig, from_dict, to_dict
+from launcher.checkpoint_files import (
+    CONFIG,
+    LATEST,
+    MANIFEST,
+    TEMPORARY,
+    TOKENIZER,
+    CheckpointError,
+    checkpoints_in,
+    commit,
+    digest_of,
+    find,
+    flush,
+    latest,
+    signed,
+    step_name,
+    write_tensors,
+)
+from launcher.checkpoint_reader import Reader, verify
+from launcher.config import RunConfig, to_dict
+from launcher.tensor_file import file_record
+from model.counts import parameter_shapes
 
-FORMAT = 1
-TOKENIZER = "tokenizer.json"
+__all__ = [
+    "CONFIG", "LATEST", "MANIFEST", "TOKENIZER", "CheckpointError", "Reader", "Snapshot", "checkpoints_dir", "commit",
+    "discard_temporary", "find", "latest", "load", "newest_valid", "save", "signed", "verify", "write_tensors",
+]  # fmt: skip
+
 OPTIMIZER_KINDS = ("exp_avg", "exp_avg_sq")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or of another model; the message names the file or tensor."""
-
-    user_error = True
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and SHA-256 of one file of a checkpoint."""
-
-    bytes: int
-    sha256: str
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one flushed safetensors file and beside it its record (`.json`)."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    _flush(path)
-    record = FileRecord(path.stat().st_size, _sha256(path))
-    path.with_suffix(".json").write_text(json.dumps(asdict(record)))
-
-
-def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Gather the records into the manifest, flush, rename to `final` (which must not exist), point `latest` at it."""
-    files = {}
-    for path in sorted(temporary.glob("*.safetensors")):
-        record = path.with_suffix(".json")
-        files[path.name] = json.loads(record.read_text())
-        record.unlink()
-    text = json.dumps({"format": FORMAT, **manifest, "files": files}, indent=1)
-    (temporary / "manifest.json").write_text(text)
-    _flush(temporary / "manifest.json")
-    _flush(temporary)
-    temporary.rename(final)
-    _flush(final.parent)
-    pointer = final.parent / "latest.tmp"
-    pointer.write_text(final.name + "\n")
-    _flush(pointer)
-    pointer.replace(final.parent / "latest")
-    _flush(final.parent)
-
-
-def _rank_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
-    for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
-        for piece in bucket.pieces():
-            for kind in ("master", *OPTIMIZER_KINDS):
-                flat: Tensor = getattr(shard, kind)
-                yield f"{kind}/{piece.name}@{piece.offset}", flat[piece.start : piece.stop].detach().cpu()
-    for block, shared in run.model.routers.items():
-        # A router is the same on all its holders: the first one writes it.
-        if run.mesh.data_rank == 0 and run.mesh.pipeline_rank == shared.holders[0]:
-            yield f"router_bias/{block}@0", shared.router.e_score_correction_bias.detach().cpu()
 
 
 def checkpoints_dir(config: RunConfig) -> Path:
@@ -102,127 +53,172 @@ def checkpoints_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def save(run: Run) -> Path:
-    """Write the state after `run.progress.step` steps; all ranks call it together. Gives the checkpoint's folder."""
-    root = checkpoints_dir(run.config)
-    final = root / f"step-{run.progress.step:08d}"
-    temporary = root / f".tmp-{final.name}"
-    if run.process.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left behind by a save that was cut off
-        temporary.mkdir(parents=True)
-    dist.barrier(group=run.groups.world)
-    write_tensors(temporary / f"rank-{run.process.rank:05d}.safetensors", dict(_rank_tensors(run)))
-    dist.barrier(group=run.groups.world)
-    if run.process.rank == 0:
+def rank_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the state, by key, where it lies: training changes these tensors."""
+    for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
+        for piece in bucket.pieces():
+            for kind in ("master", *OPTIMIZER_KINDS):
+                flat: Tensor = getattr(shard, kind)
+                yield f"{kind}/{piece.name}@{piece.offset}", flat[piece.start : piece.stop].detach()
+    for block, shared in run.model.routers.items():
+        # A router is the same on all its holders: the first one writes it.
+        if run.mesh.data_rank == 0 and run.mesh.pipeline_rank == shared.holders[0]:
+            yield f"router_bias/{block}@0", shared.router.e_score_correction_bias.detach()
+
+
+def identity(config: RunConfig) -> dict[str, str]:
+    """Digests of what a run must not change in silence: its configuration, its data, its tokenizer."""
+    prefixes = config.data.prefixes
+    manifests = [file_record(sibling(prefix, ".json")).xxh3_128 for prefix in prefixes]
+    return {
+        "config": digest_of(to_dict(config)),
+        "data": digest_of([manifests, list(config.data.weights), config.data.seed]),
+        "tokenizer": Manifest.read(prefixes[0]).tokenizer_sha256,
+    }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes into a checkpoint, and (manifest) what is said of it; independent of the run that goes on
+    if it was taken with buffers.
+    """
+
+    step: int
+    rank: int
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+    @staticmethod
+    def take(run: Run, buffers: dict[str, Tensor] | None = None) -> "Snapshot":
+        """The state after `run.progress.step` steps. buffers: host memory to copy to, by key, filled in if empty;
+        None: the tensors themselves, for a caller that waits.
+        """
+        tensors = dict(rank_tensors(run))
+        if buffers is not None:
+            for key, tensor in tensors.items():
+                if key not in buffers:
+                    on_gpu = tensor.device.type == "cuda"
+                    buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+                buffers[key].copy_(tensor, non_blocking=True)
+            if run.process.device.type == "cuda":
+                torch.cuda.synchronize(run.process.device)
+            tensors = buffers
         manifest = {
+            "step": run.progress.step,
+            "tokens": run.progress.tokens,
             "progress": asdict(run.progress),
             "optimizer_steps": run.optimizer.steps,
+            "layout": asdict(run.config.parallel),
             "config": to_dict(run.config),
-            "torch": torch.__version__,
+            "identity": identity(run.config),
         }
-        _copy_tokenizer(run.config, temporary)
-        commit(temporary, final, manifest)
-        _prune(root, keep=run.config.train.keep_checkpoints)
-    dist.barrier(group=run.groups.world)
-    return final
+        return Snapshot(run.progress.step, run.process.rank, tensors, manifest)
+
+    def write(self, temporary: Path) -> None:
+        """This rank's shard into an existing temporary folder. CheckpointError that names the file and the reason."""
+        path = temporary / f"rank-{self.rank:05d}.safetensors"
+        try:
+            write_tensors(path, self.tensors, step=self.step)
+        except OSError as error:
+            needed = sum(tensor.nbytes for tensor in self.tensors.values())
+            free = shutil.disk_usage(temporary).free if temporary.exists() else 0
+            raise CheckpointError(f"{path}: {error.strerror} ({needed:,} bytes to write, {free:,} free)") from None
 
 
-def _copy_tokenizer(config: RunConfig, folder: Path) -> None:
-    """Put the tokenizer of the data beside the weights: a checkpoint then generates text wherever it is taken."""
+def temporary_of(config: RunConfig, step: int) -> Path:
+    """Where a checkpoint is written before it is one."""
+    return checkpoints_dir(config) / f"{TEMPORARY}{step_name(step)}"
+
+
+def prepare_temporary(config: RunConfig, step: int) -> None:
+    """An empty folder to write to; what a save that was cut off left there goes."""
+    temporary = temporary_of(config, step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    # a checkpoint generates text wherever it is taken
     prefix = Path(config.data.prefix)
-    source = prefix.parent / Manifest.read(prefix).tokenizer_file
-    shutil.copyfile(source, folder / TOKENIZER)
-    _flush(folder / TOKENIZER)
+    shutil.copyfile(prefix.parent / Manifest.read(prefix).tokenizer_file, temporary / TOKENIZER)
+    flush(temporary / TOKENIZER)
 
 
-def _prune(root: Path, *, keep: int) -> None:
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def discard_temporary(config: RunConfig) -> list[str]:
+    """Remove what saves that were cut off left behind; their names. For the holder of the run's lock."""
+    found = sorted(checkpoints_dir(config).glob(f"{TEMPORARY}*"))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
 
 
-def latest(root: Path) -> Path | None:
-    """Newest complete checkpoint of a run's checkpoint folder; None if there is none."""
-    pointer = root / "latest"
-    if not pointer.exists():
-        return None
-    found = root / pointer.read_text().strip()
-    if found.parent != root or not (found / "manifest.json").exists():
+def save(run: Run) -> Path:
+    """Write the state after `run.progress.step` steps and wait; all ranks call it together. The checkpoint's folder.
+
+    AgreedError on all ranks where any of them failed; nothing is left behind then. Old ones go as configured.
+    """
+    from launcher.checkpoint_saver import Saver
+
+    return Saver(run, asynchronous=False).save()
+
+
+def newest_valid(run: Run, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of the run that verifies, all ranks reading a share of every file; None if there is none.
+
+    Damaged ones are passed over, which is told, and stay where they are. CheckpointError on all ranks when there are
+    some and none is whole. All ranks call it together.
+    """
+    root = checkpoints_dir(run.config)
+    group, device = run.groups.world, run.process.device
+    damaged = []
+    for path in [root / step_name(step) for step in _steps_seen_by_rank_0(run, root)]:
+        error: Exception | None = None
+        try:
+            verify(path, share=run.process.rank, shares=run.process.world_size)
+        except CheckpointError as found:
+            error = found
+        (bad,) = highest(group, device, int(error is not None))
+        if not bad:
+            return path
+        said = messages(group, device, "" if error is None else str(error))
+        damaged.append(next(iter(said.values())))
+        say(f"{path.name} is passed over: {damaged[-1]}")
+    if damaged:
         raise CheckpointError(
-            f"{pointer} names {found.name}, which is not a checkpoint in {root}: write the name of one"
+            f"{root}: none of {len(damaged)} checkpoints is whole ({damaged[0]}); "
+            "move them away to start from the beginning"
         )
-    return found
+    return None
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that a user means: one itself, or the newest of a run's folder."""
-    for candidate in (path, latest(path), latest(path / "checkpoints")):
-        if candidate is not None and (candidate / "manifest.json").exists():
-            return candidate
-    raise CheckpointError(f"{path}: no checkpoint here (neither a manifest.json nor a `latest` file)")
+def _steps_seen_by_rank_0(run: Run, root: Path) -> list[int]:
+    """Steps of the checkpoints there, newest first, on every rank: all ranks must walk the same list."""
+    found = [item.step for item in checkpoints_in(root)] if run.process.rank == 0 else []
+    (count,) = highest(run.groups.world, run.process.device, len(found))
+    table = torch.tensor(found or [0] * count, dtype=torch.int64, device=run.process.device)
+    if count:
+        dist.broadcast(table, src=0, group=run.groups.world)
+    return table.tolist()
 
 
-class Reader:
-    """Read access to one checkpoint, by global name and range; sizes and checksums are verified on opening."""
+def load(
+    run: Run,
+    path: Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    verified: bool = False,
+    same_run: bool = True,
+) -> None:
+    """Continue `run` from a checkpoint of any layout of the same model, data and tokenizer.
 
-    def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.path = path
-        try:
-            self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
-            self.config = from_dict(self.manifest["config"])
-            self.progress = Progress(**self.manifest["progress"])
-            files = {name: FileRecord(**record) for name, record in self.manifest["files"].items()}
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path / 'manifest.json'} cannot be read: {error!r}") from None
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{path} has format {self.manifest.get('format')}, this version reads {FORMAT}")
-        self._stretches: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
-        for name, record in files.items():
-            self._index(name, record, verify=verify)
-
-    def _index(self, name: str, record: FileRecord, *, verify: bool) -> None:
-        file = self.path / name
-        if file.parent != self.path or file.is_symlink():
-            raise CheckpointError(
-                f"{self.path / 'manifest.json'} names {name!r}, which is not a file in its own folder"
-            )
-        if not file.is_file() or file.stat().st_size != record.bytes:
-            found = file.stat().st_size if file.is_file() else "no"
-            raise CheckpointError(f"{file}: {found} bytes where the manifest says {record.bytes}: the file is damaged")
-        if verify and _sha256(file) != record.sha256:
-            raise CheckpointError(f"{file}: its checksum is not the manifest's: the file is damaged")
-        try:
-            with safe_open(file, framework="pt") as content:
-                for key in content.keys():  # noqa: SIM118 (not a dict)
-                    kind, _, rest = key.partition("/")
-                    tensor, _, offset = rest.rpartition("@")
-                    (length,) = content.get_slice(key).get_shape()
-                    self._stretches.setdefault((kind, tensor), []).append((int(offset), length, file, key))
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"{file} is not a shard of a checkpoint: {error}") from None
-
-    def has(self, kind: str, name: str) -> bool:
-        """Whether anything of a tensor is stored."""
-        return (kind, name) in self._stretches
-
-    def read(self, kind: str, name: str, out: Tensor, *, offset: int = 0) -> None:
-        """Fill the flat tensor `out` with the elements of a global tensor from `offset` on."""
-        reached, end = offset, offset + out.numel()
-        # in order, so that stretches that overlap cannot make up for a gap
-        for start, length, file, key in sorted(self._stretches.get((kind, name), ())):
-            stop = min(start + length, end)
-            if start <= reached < stop:
-                with safe_open(file, framework="pt") as content:
-                    out[reached - offset : stop - offset] = content.get_slice(key)[reached - start : stop - start]
-                reached = stop
-        if reached < end:
-            raise CheckpointError(f"{self.path}: {kind} of {name} lacks element {reached} of {offset} to {end}")
-
-
-def load(run: Run, path: Path) -> None:
-    """Continue `run` from a checkpoint of any layout of the same model."""
-    reader = Reader(path)
-    if reader.config.model != run.config.model:
-        raise CheckpointError(f"{path} is of another model: compare its manifest.json with the model section")
+    verified: whether its checksums have been read already. same_run: False for a run that begins with the weights of
+    another, whose shapes alone must fit. CheckpointError for another model, and for another data set or tokenizer
+    unless the configuration accepts them by key.
+    """
+    reader = Reader(path, verify=not verified)
+    if same_run:
+        _require_same_run(run.config, reader)
+    elif dict(parameter_shapes(reader.config.model)) != dict(parameter_shapes(run.config.model)):
+        raise CheckpointError(f"{path} has weights of other shapes: compare its {MANIFEST} with the model section")
+    if reader.manifest.get("layout") not in (None, _as_json(run.config)):
+        say(f"{path.name} was written by another layout ({_layout(reader.config)}): read for {_layout(run.config)}")
     for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
         for piece in bucket.pieces():
             part = slice(piece.start, piece.stop)
@@ -233,6 +229,44 @@ def load(run: Run, path: Path) -> None:
     for block, shared in run.model.routers.items():
         reader.read("router_bias", str(block), shared.router.e_score_correction_bias)
     run.optimizer.steps = reader.manifest.get("optimizer_steps", 0)
-    progress = reader.progress
-    run.progress.step, run.progress.tokens, run.progress.samples = progress.step, progress.tokens, progress.samples
+    for field in fields(Progress):
+        setattr(run.progress, field.name, getattr(reader.progress, field.name))
     run.zero1.publish_weights()
+
+
+def _as_json(config: RunConfig) -> Any:
+    return to_dict(config)["parallel"]
+
+
+def _layout(config: RunConfig) -> str:
+    p = config.parallel
+    return f"pipeline {p.pipeline} {p.schedule} x data {p.data}, expert {p.expert}"
+
+
+def _require_same_run(config: RunConfig, reader: Reader) -> None:
+    path = reader.path
+    if reader.config.model != config.model:
+        raise CheckpointError(f"{path} is of another model: compare its {MANIFEST} with the model section")
+    theirs = reader.manifest.get("identity")
+    if theirs is None:  # an imported one: its weights were trained elsewhere
+        return
+    ours = identity(config)
+    for what, key, accepted in (
+        ("tokenizer", "tokenizer", config.train.accept_other_tokenizer),
+        ("data set", "data", config.train.accept_other_data),
+    ):
+        if theirs.get(key) != ours[key] and not accepted:
+            raise CheckpointError(
+                f"{path} was trained with another {what} (digest {theirs.get(key)}, data.prefix={config.data.prefix} "
+                f"has {ours[key]}): take the same, or set train.accept_other_{key}=true"
+            )
+
+
+def agreed(run: Run, work: Callable[[], None]) -> None:
+    """Do something on this rank; AgreedError on every rank where it failed on any."""
+    error: BaseException | None = None
+    try:
+        work()
+    except Exception as failure:
+        error = failure
+    require_agreed(run.groups.world, run.process.device, error)

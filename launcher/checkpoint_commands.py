@@ -1,7 +1,7 @@
 """`expertpipe checkpoint import-hf | export-hf`: between our checkpoints and the published layout, tensor by tensor.
 
-Which published tensor is which range of ours is in model/convert.py. Both directions stream: a model of any size needs
-disk for its copy and memory for one file of it.
+Which published tensor is which range of ours is in model/convert.py, which are in FP8 in launcher/published_fp8.py.
+Both directions stream: a model of any size needs disk for its copy and memory for its largest tensor.
 """
 
 import shutil
@@ -15,7 +15,8 @@ from torch import Tensor
 from data.config import DataConfig
 from launcher.build import DTYPES, Progress
 from launcher.check import problems
-from launcher.checkpoint import TOKENIZER, Reader, commit, find, write_tensors
+from launcher.checkpoint import TOKENIZER, Reader, commit, find
+from launcher.checkpoint_files import write_stream
 from launcher.config import ConfigError, RunConfig, TrainConfig, from_dict, to_dict
 from launcher.inference import one_thread
 from launcher.published import (
@@ -29,6 +30,16 @@ from launcher.published import (
     write_published,
 )
 from launcher.published import DTYPES as STORED_DTYPES
+from launcher.published_fp8 import (
+    FP8,
+    QUANTIZATION,
+    SCALE,
+    dequantise,
+    plan_fp8,
+    quantise,
+    scale_shape,
+    without_quantization,
+)
 from model.config import ModelConfig
 from model.convert import ConvertError, Published, from_published_config, published_config, published_tensors
 from optim.config import OptimConfig
@@ -41,30 +52,51 @@ NUM_LISTED = 10
 PART_BYTES = 2_000_000_000  # of one file of an imported checkpoint
 
 
+def export_plan(model: ModelConfig, precision: str) -> list[Planned]:
+    """Every tensor of an export, in order; precision: bf16, fp32 or fp8 (block-FP8 with `weight_scale_inv`)."""
+    dtype = DTYPES[precision]
+    planned = [
+        Planned(item.name, item.shape, torch.float32 if item.ours.endswith(ROUTER_BIAS) else dtype)
+        for item in published_tensors(model)
+    ]
+    return list(plan_fp8(planned)) if precision == "fp8" else planned
+
+
 @one_thread()
-def export_hf(source: Path, destination: Path) -> int:
+def export_hf(source: Path, destination: Path, precision: str | None = None) -> int:
     """Write the published layout of a checkpoint (or the newest one of a run) to a new folder; the exit code.
 
-    Weights in the run's precision, router biases in FP32, MTP layers with their copies of embedding and head.
-    Raises PublishedError for a folder that is not empty, CheckpointError for a bad checkpoint.
+    precision: bf16, fp32 or fp8; None: the run's, FP8 runs in BF16. Router biases in FP32, MTP layers with their copies
+    of embedding and head. Raises PublishedError for a folder that is not empty, CheckpointError for a bad checkpoint.
     """
     found = find(source)
     reader = Reader(found)
-    model, precision = reader.config.model, reader.config.train.precision
+    model = reader.config.model
+    if precision is None:
+        precision = "fp32" if reader.config.train.precision == "fp32" else "bf16"
     sources = {published.name: published for published in published_tensors(model)}
-    planned = [
-        Planned(name, published.shape, torch.float32 if published.ours.endswith(ROUTER_BIAS) else DTYPES[precision])
-        for name, published in sources.items()
-    ]
+    planned = export_plan(model, precision)
 
-    def read(tensor: Planned) -> Tensor:
-        return _read_master(reader, sources[tensor.name]).to(tensor.dtype)
+    def read(tensor: Planned) -> Iterator[tuple[str, Tensor]]:
+        master = _read_master(reader, sources[tensor.name])
+        if tensor.dtype != FP8:
+            yield tensor.name, master.to(tensor.dtype)
+            return
+        try:
+            values, scales = quantise(master)
+        except ValueError as error:
+            raise PublishedError(f"{found}: {tensor.name} cannot be quantised: {error}") from None
+        yield tensor.name, values
+        yield tensor.name + SCALE, scales
 
+    config = published_config(model, DTYPE_NAMES[precision])
+    if precision == "fp8":
+        config["quantization_config"] = QUANTIZATION
     with new_folder(destination) as folder:
-        write_published(folder, published_config(model, DTYPE_NAMES[precision]), planned, read)
+        write_published(folder, config, planned, read)
         if (found / TOKENIZER).is_file():
             shutil.copyfile(found / TOKENIZER, folder / TOKENIZER)
-    print(f"{destination}: {len(planned)} tensors of {found} in {DTYPE_NAMES[precision]}")
+    print(f"{destination}: {len(planned)} tensors of {found} in {precision}")
     return 0
 
 
@@ -86,7 +118,7 @@ def _router_block(config: ModelConfig, name: str) -> int:
 
 @one_thread()
 def import_hf(source: Path, destination: Path) -> int:
-    """Write our checkpoint of a published, unquantised folder to a new folder; the exit code.
+    """Write our checkpoint of a published folder, quantised or not, to a new folder; the exit code.
 
     DESTINATION then holds step-00000000 and `latest`: as RUN/checkpoints it is what a run of the same model starts
     from, with fresh moments. Raises PublishedError with everything that is missing, too many or misshapen.
@@ -102,8 +134,12 @@ def import_hf(source: Path, destination: Path) -> int:
         step = folder / ".tmp-step"
         step.mkdir()
         for number, part in enumerate(_parts(sources)):
-            tensors = {_key(model, item): reader.read(item.name).to(torch.float32).flatten() for item in part}
-            write_tensors(step / f"part-{number:05d}.safetensors", tensors)
+            planned = [Planned(_key(model, item), (torch.Size(item.shape).numel(),), torch.float32) for item in part]
+            write_stream(
+                step / f"part-{number:05d}.safetensors",
+                planned,
+                (_master_of(reader, item).flatten() for item in part),
+            )
         _require_equal_copies(sources, reader)
         if (source / TOKENIZER).is_file():
             shutil.copyfile(source / TOKENIZER, step / TOKENIZER)
@@ -115,6 +151,12 @@ def import_hf(source: Path, destination: Path) -> int:
     return 0
 
 
+def _master_of(reader: PublishedReader, item: Published) -> Tensor:
+    """A published tensor in FP32, from FP8 with its scales if that is how it is stored."""
+    values = reader.read(item.name)
+    return dequantise(values, reader.read(item.name + SCALE)) if values.dtype == FP8 else values.to(torch.float32)
+
+
 def _run_config(reader: PublishedReader, destination: Path) -> RunConfig:
     """The smallest run of the model: one process, one sequence a step; data and schedule are examples.
 
@@ -123,7 +165,7 @@ def _run_config(reader: PublishedReader, destination: Path) -> RunConfig:
     path = reader.folder / CONFIG
     run_dir = destination.parent if destination.name == "checkpoints" else destination
     try:
-        model = from_published_config({"num_nextn_predict_layers": 0} | reader.config)
+        model = from_published_config({"num_nextn_predict_layers": 0} | without_quantization(reader.config))
         draft = RunConfig(
             name="imported",
             run_dir=str(run_dir),
@@ -160,8 +202,14 @@ def _stored_model(model: ModelConfig, reader: PublishedReader) -> ModelConfig:
 
 
 def _require_same(sources: list[Published], reader: PublishedReader) -> None:
-    """Raise PublishedError naming all tensors that are missing, unknown, misshapen or quantised."""
+    """Raise PublishedError naming all tensors that are missing, unknown, misshapen or of another format."""
     expected = {published.name: published.shape for published in sources}
+    in_fp8 = [
+        name
+        for name, stored in reader.tensors.items()
+        if stored.dtype == "F8_E4M3" and len(expected.get(name, ())) == 2
+    ]
+    expected |= {name + SCALE: scale_shape(expected[name]) for name in in_fp8}
     wrong = [f"{name} is missing" for name in expected if name not in reader.tensors]
     wrong += [f"{name} is not part of this architecture" for name in reader.tensors if name not in expected]
     wrong += [
@@ -177,15 +225,15 @@ def _require_same(sources: list[Published], reader: PublishedReader) -> None:
 def _problem(name: str, stored: Stored, shape: tuple[int, ...]) -> str | None:
     if stored.shape != shape:
         return f"{name} has shape {list(stored.shape)}, config.json means {list(shape)}"
-    if stored.dtype not in STORED_DTYPES:
+    if stored.dtype not in STORED_DTYPES or (stored.dtype == "F8_E4M3" and len(shape) != 2):
         return f"{name} is {stored.dtype}, only {', '.join(STORED_DTYPES)} can be read"
     return None
 
 
 def _precision(sources: list[Published], reader: PublishedReader) -> str:
-    """bf16 where that holds every weight exactly, else fp32."""
+    """bf16 where weights were trained in it or in FP8, else fp32."""
     dtypes = {reader.tensors[item.name].dtype for item in sources if not item.ours.endswith(ROUTER_BIAS)}
-    return "bf16" if dtypes == {"BF16"} else "fp32"
+    return "bf16" if dtypes <= {"BF16", "F8_E4M3"} else "fp32"
 
 
 def _require_equal_copies(sources: list[Published], reader: PublishedReader) -> None:

@@ -1,13 +1,13 @@
 """The published layout as files: config.json, model*.safetensors and, for several of them, an index. Never a pickle.
 
 Reading looks at the headers of all files first, so that everything wrong with a folder is told before a byte of
-weights moves; tensors then come one at a time. Writing fills one shard after another.
+weights moves; tensors then come one at a time, and each file is opened once. Writing streams: one tensor is in memory.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from launcher.tensor_file import Planned as Planned  # what is written is told in the same words everywhere
+from launcher.tensor_file import TensorFile
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
+# safetensors' names
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class PublishedError(ValueError):
-    """A folder that is not an unquantised published checkpoint of this architecture, or that may not be written to."""
+    """A folder that is not a published checkpoint of this architecture, or that may not be written to."""
 
     user_error = True
 
@@ -49,6 +52,7 @@ class PublishedReader:
         self.folder = folder
         self.config = _read_json(folder / CONFIG)
         self.tensors: dict[str, Stored] = {}
+        self._open: dict[Path, Any] = {}
         for file in self._files():
             for name, stored in _header(file):
                 if name in self.tensors:
@@ -83,8 +87,9 @@ class PublishedReader:
         """One tensor in its stored dtype, on the CPU."""
         file = self.tensors[name].file
         try:
-            with safe_open(file, framework="pt") as content:
-                return content.get_tensor(name)
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            return self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise PublishedError(f"{file}: {name} cannot be read: {error}") from None
 
@@ -109,20 +114,6 @@ def _header(file: Path) -> Iterator[tuple[str, Stored]]:
         raise PublishedError(f"{file} is not a whole safetensors file: {error}") from None
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its data in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def plan_shards(tensors: Sequence[Planned], max_shard_bytes: int) -> list[list[Planned]]:
     """Consecutive runs of at most max_shard_bytes each; a larger tensor stands alone."""
     shards: list[list[Planned]] = [[]]
@@ -140,20 +131,31 @@ def write_published(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Sequence[Planned],
-    read: Callable[[Planned], Tensor],
+    read: Callable[[Planned], Iterable[tuple[str, Tensor]]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config.json, the shards and their index into an existing folder; at most one shard is in memory.
+    """Write config.json, the shards and their index into an existing folder; about one tensor is in memory at a time.
 
-    read: gives the values of a tensor in its planned shape and dtype.
+    read: gives the values of a tensor in its planned shape and dtype, together with those of the tensors planned after
+    it that come from the same numbers (the scales of a quantised weight); for those it is not asked again.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}  # scales whose weight was the last of the shard before
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # transformers refuses files that do not say which framework wrote them
-        save_file({tensor.name: read(tensor) for tensor in shard}, folder / name, metadata={"format": "pt"})
+        file = TensorFile(folder / name, shard, metadata={"format": "pt"})
+        try:
+            for tensor in shard:
+                if tensor.name not in pending:
+                    pending.update(read(tensor))
+                file.put(tensor.name, pending.pop(tensor.name))
+        except BaseException:
+            file.abandon()
+            raise
+        file.close()
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)

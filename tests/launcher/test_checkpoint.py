@@ -1,6 +1,7 @@
 """Resuming equals not having stopped, bitwise; another layout finds the same state; damage is named, never loaded."""
 
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -24,12 +25,15 @@ from launcher.checkpoint import (
     latest,
     load,
     save,
+    signed,
+    verify,
     write_tensors,
 )
 from launcher.config import RunConfig, from_dict, to_dict
 from launcher.inference import load_model
 from launcher.runtime import process_group
 from launcher.step import train_step
+from launcher.tensor_file import file_record
 from model.config import ModelConfig
 from model.counts import parameter_shapes
 from model.transformer import Transformer
@@ -278,7 +282,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(signed(manifest)))  # as somebody would who means it, and not by accident
 
 
 def leave_the_folder(folder: Path) -> str:
@@ -288,15 +292,91 @@ def leave_the_folder(folder: Path) -> str:
 
 
 def name_the_parent(folder: Path) -> str:
-    edit(
-        folder, lambda manifest: manifest["files"].update({"..": {"bytes": folder.parent.stat().st_size, "sha256": ""}})
-    )
-    return "manifest"
+    record = {"bytes": folder.parent.stat().st_size, "xxh3_128": ""}
+    edit(folder, lambda manifest: manifest["files"].update({"..": record}))
+    return "manifest.json names '..'"
 
 
 def forget_a_file(folder: Path) -> str:
     edit(folder, lambda manifest: manifest["files"].pop("rank-00001.safetensors"))
     return "lacks"
+
+
+def zeros_inside(folder: Path) -> str:
+    file = folder / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    assert any(data[middle : middle + 4096])
+    data[middle : middle + 4096] = bytes(4096)
+    file.write_bytes(data)
+    return f"{file.name}: its checksum"
+
+
+def a_shard_of_another_step(folder: Path) -> str:
+    """Of the same size; the manifest is the newer one's."""
+    file = folder / "rank-00002.safetensors"
+    other = folder.with_name("step-00000002") / file.name
+    assert other.stat().st_size == file.stat().st_size
+    shutil.copyfile(other, file)
+    return rf"{file.name}: its checksum .*it says that it is of step 2"
+
+
+def shards_and_records_of_another_step(folder: Path) -> str:
+    """All of them, with a manifest that vouches for them and still says the newer step."""
+    older = folder.with_name("step-00000002")
+    for file in folder.glob("*.safetensors"):
+        shutil.copyfile(older / file.name, file)
+    files = json.loads((older / "manifest.json").read_text())["files"]
+    edit(folder, lambda manifest: manifest.update(files=files))
+    return "is of step 2, the manifest of step 3"
+
+
+def a_bit_of_the_manifest(folder: Path) -> str:
+    """Still JSON, still a number where a number is meant."""
+    path = folder / "manifest.json"
+    text = path.read_text()
+    assert '"samples": 24' in text
+    path.write_text(text.replace('"samples": 24', '"samples": 25'))
+    return "manifest.json: its content is not what its own digest says"
+
+
+def another_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text("{}")
+    return "tokenizer.json: 2 bytes"
+
+
+def a_pickle(folder: Path) -> str:
+    (folder / "rank-00009.pt").write_bytes(crafted_pickle(folder.parent / "canary"))
+    record = {"bytes": (folder / "rank-00009.pt").stat().st_size, "xxh3_128": ""}
+    edit(folder, lambda manifest: manifest["files"].update({"rank-00009.pt": record}))
+    return "rank-00009.pt looks like a pickle"
+
+
+def a_pickle_for_a_shard(folder: Path) -> str:
+    """Under a shard's name and vouched for: it is no safetensors file, and nothing unpickles it."""
+    file = folder / "rank-00001.safetensors"
+    file.write_bytes(crafted_pickle(folder.parent / "canary"))
+    record = {"bytes": file.stat().st_size, "xxh3_128": file_record(file).xxh3_128}
+    edit(folder, lambda manifest: manifest["files"].update({file.name: record}))
+    return f"{file.name} is not a shard"
+
+
+class _Crafted:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.canary, "this code ran")
+
+
+def crafted_pickle(canary: Path) -> bytes:
+    """Writes the canary when it is loaded, which the test of it shows."""
+    return pickle.dumps(_Crafted(canary))
+
+
+def test_the_crafted_pickle_would_run(tmp_path: Path) -> None:
+    pickle.loads(crafted_pickle(tmp_path / "canary"))
+    assert (tmp_path / "canary").exists()
 
 
 def cut_the_manifest(folder: Path) -> str:
@@ -322,18 +402,24 @@ def newer_format(folder: Path) -> str:
 
 DAMAGES = [
     truncate, flip_a_bit, delete, link, leave_the_folder, name_the_parent, forget_a_file, cut_the_manifest,
-    list_in_the_manifest, unknown_key, newer_format,
+    list_in_the_manifest, unknown_key, newer_format, zeros_inside, a_shard_of_another_step,
+    shards_and_records_of_another_step, a_bit_of_the_manifest, another_tokenizer, a_pickle, a_pickle_for_a_shard,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damage_is_named(straight: Straight, tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    shutil.copytree(straight.step(2), tmp_path / "step-00000002")
     folder = tmp_path / "step-00000003"
     shutil.copytree(straight.step(3), folder)
     load_model(folder)
     said = damage(folder)
     with pytest.raises(CheckpointError, match=said):
         load_model(folder)
+    if damage not in (forget_a_file, unknown_key, shards_and_records_of_another_step, a_pickle_for_a_shard):
+        with pytest.raises(CheckpointError, match=said):  # what the start of a run and `verify` ask; no tensor is read
+            verify(folder)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_latest_must_name_a_checkpoint_beside_it(straight: Straight, tmp_path: Path) -> None:

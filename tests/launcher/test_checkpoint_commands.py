@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +19,13 @@ from data.config import DataConfig
 from launcher.__main__ import main
 from launcher.build import build as build_run
 from launcher.checkpoint import Reader, checkpoints_dir, find, latest, load
-from launcher.checkpoint_commands import export_hf, import_hf
+from launcher.checkpoint_commands import export_hf, export_plan, import_hf
+from launcher.config import compose
 from launcher.inference import load_model
-from launcher.published import INDEX, Planned, PublishedError, plan_shards, write_published
+from launcher.published import INDEX, MAX_SHARD_BYTES, Planned, PublishedError, plan_shards, write_published
 from launcher.runtime import process_group
 from launcher.step import train_step
+from launcher.tensor_file import header_bytes
 from model.config import ModelConfig
 from model.convert import published_tensors
 from tests.launcher.test_checkpoint import prepared, whole_config, write_checkpoint
@@ -160,7 +165,11 @@ def test_large_models_are_written_in_shards_with_an_index(tmp_path: Path, tokens
     planned = [Planned(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     (tmp_path / "parts").mkdir()
-    write_published(tmp_path / "parts", config, planned, lambda tensor: tensors[tensor.name], max_shard_bytes=300_000)
+
+    def read(tensor: Planned) -> list[tuple[str, Tensor]]:
+        return [(tensor.name, tensors[tensor.name])]
+
+    write_published(tmp_path / "parts", config, planned, read, max_shard_bytes=300_000)
     files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 3 and files[1] == f"model-00002-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "parts" / INDEX).read_text())
@@ -171,6 +180,105 @@ def test_large_models_are_written_in_shards_with_an_index(tmp_path: Path, tokens
     theirs = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "parts")
     with torch.no_grad():
         assert (load_model(tmp_path / "ours").logits(tokens) - theirs(tokens).logits).abs().max() < 2e-5
+
+
+def block_by_block(values: Tensor, scales: Tensor) -> Tensor:
+    """The released weight_dequant, as its documentation says it: every 128 x 128 block times its scale."""
+    out = values.to(torch.float32)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            out[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)] *= scales[i, j]
+    return out
+
+
+def test_block_fp8_is_written_and_read_back(tmp_path: Path, tokens: Tensor) -> None:
+    model = build(replace(TINY, num_nextn_predict_layers=1, hidden_size=192, moe_intermediate_size=160))
+    write_checkpoint(model, tmp_path / "run", precision="bf16")
+    export_hf(tmp_path / "run", tmp_path / "fp8", "fp8")
+    export_hf(tmp_path / "run", tmp_path / "fp32", "fp32")
+    quantised, plain = contents(tmp_path / "fp8"), contents(tmp_path / "fp32")
+    in_fp8 = {name for name, tensor in quantised.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert quantised.keys() == plain.keys() | {name + "_scale_inv" for name in in_fp8}
+    assert len(in_fp8) > 100 and not any("eh_proj" in name or ".gate.weight" in name for name in in_fp8)
+    wide = {}
+    for name, tensor in plain.items():
+        if name in in_fp8:
+            scales = quantised[name + "_scale_inv"]
+            assert scales.shape == tuple(-(-size // 128) for size in tensor.shape) and scales.dtype == torch.float32
+            wide[name] = block_by_block(quantised[name], scales)
+            # half a unit of a 4-bit significand, or of the smallest number below the normal ones
+            bound = torch.maximum(tensor.abs() / 16, scales.max() * 2**-10)
+            assert ((wide[name] - tensor).abs() <= bound * 1.0001).all(), name
+            assert quantised[name].float().abs().max() == 448
+    assert not torch.equal(wide["model.layers.1.mlp.experts.0.up_proj.weight"], plain[next(iter(in_fp8))])
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    published = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert config["quantization_config"] == published
+    import_hf(tmp_path / "fp8", tmp_path / "back")
+    export_hf(tmp_path / "back", tmp_path / "back32", "fp32")
+    back = contents(tmp_path / "back32")
+    assert all(torch.equal(back[name], values) for name, values in wide.items())
+    assert Reader(find(tmp_path / "back")).config.train.precision == "bf16"
+
+
+def test_a_weight_that_is_not_finite_is_not_quantised(tmp_path: Path) -> None:
+    model = build(TINY)
+    with torch.no_grad():
+        model.get_parameter("layers.0.self_attn.o_proj.weight")[3, 3] = torch.nan
+    write_checkpoint(model, tmp_path / "run")
+    with pytest.raises(PublishedError, match=r"layers\.0\.self_attn\.o_proj\.weight cannot be quantised.*NaN"):
+        export_hf(tmp_path / "run", tmp_path / "fp8", "fp8")
+
+
+def test_the_export_of_671b_is_the_published_checkpoint() -> None:
+    """Names, dtypes, shapes and bytes without a weight, against the published figures and names."""
+    model = compose(["model=671b"]).model
+    planned = export_plan(model, "fp8")
+    assert len({tensor.name for tensor in planned}) == len(planned) == 91_991
+    layer_61 = [tensor for tensor in planned if tensor.name.startswith("model.layers.61.")]
+    assert len(layer_61) == 1_564
+    elements = Counter[torch.dtype]()
+    for tensor in planned:
+        elements[tensor.dtype] += torch.Size(tensor.shape).numel()
+    assert elements == {
+        torch.float8_e4m3fn: 680_571_043_840, torch.bfloat16: 3_918_786_560, torch.float32: 41_555_600,
+    }  # fmt: skip
+    assert sum(tensor.num_bytes for tensor in planned) == 688_574_839_360
+    shapes = {tensor.name: (tensor.shape, tensor.dtype) for tensor in planned}
+    assert shapes["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"] == ((576, 7168), torch.float8_e4m3fn)
+    assert shapes["model.layers.3.self_attn.kv_a_proj_with_mqa.weight_scale_inv"] == ((5, 56), torch.float32)
+    assert shapes["model.layers.61.mlp.experts.255.down_proj.weight"] == ((7168, 2048), torch.float8_e4m3fn)
+    assert shapes["model.layers.61.eh_proj.weight"] == ((7168, 14336), torch.bfloat16)
+    assert shapes["model.layers.60.mlp.gate.e_score_correction_bias"] == ((256,), torch.float32)
+    assert {name.split(".layers.61.")[1] for name in shapes if ".layers.61." in name and ".mlp." not in name} == {
+        "embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight",
+        "shared_head.head.weight", "input_layernorm.weight", "post_attention_layernorm.weight",
+        *(f"self_attn.{norm}.weight" for norm in ("q_a_layernorm", "kv_a_layernorm")),
+        *(f"self_attn.{linear}.weight{end}" for end in ("", "_scale_inv")
+          for linear in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+    }  # fmt: skip
+    # the files: every shard's header is one that safetensors reads, whatever follows it
+    for shard in plan_shards(planned, MAX_SHARD_BYTES)[:2]:
+        header = header_bytes(shard)
+        parsed = json.loads(header[8:])
+        assert max(end for item in parsed.values() for end in item["data_offsets"]) == sum(t.num_bytes for t in shard)
+
+
+def test_an_export_needs_memory_for_one_tensor(tmp_path: Path) -> None:
+    """Of a file of 160 MB in 20 tensors; the peak is the process's own."""
+    program = """
+import resource, sys
+from pathlib import Path
+import torch
+from launcher.published import Planned, write_published
+planned = [Planned(f"layer.{i}.weight", (2048, 1024), torch.float32) for i in range(20)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_published(Path(sys.argv[1]), {}, planned, lambda t: [(t.name, torch.full(t.shape, 1.5))])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (tmp_path / "model.safetensors").stat().st_size > 160 * 2**20
+    assert int(done.stdout) < 40, "MiB beyond the imports"
 
 
 def test_shards_keep_order_and_size() -> None:
@@ -213,8 +321,9 @@ def misfit(folder: Path) -> str:
 
     edit_tensors(folder, change)
     return (
-        r"4 tensors do not fit.*model\.norm\.weight is missing; model\.layers\.9\.extra is not part.*"
-        r"lm_head\.weight has shape \[511, 64\], config.json means \[512, 64\].*eh_proj\.weight is F8_E4M3"
+        r"4 tensors do not fit.*model\.norm\.weight is missing; model\.layers\.4\.eh_proj\.weight_scale_inv is "
+        r"missing; model\.layers\.9\.extra is not part.*"
+        r"lm_head\.weight has shape \[511, 64\], config.json means \[512, 64\]"
     )
 
 
