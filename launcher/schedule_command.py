@@ -131,7 +131,7 @@ def _config(args: Namespace) -> RunConfig | None:
     with_schedule = [*args.overrides]
     if not any(text.startswith("parallel.schedule=") for text in args.overrides):
         with_schedule.append(f"parallel.schedule={args.name}")
-    config = checked(with_schedule, with_data=False)
+    config = checked(with_schedule, with_data=False, here=False)
     return replace(config, parallel=replace(config.parallel, schedule=args.name))
 
 
