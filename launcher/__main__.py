@@ -172,6 +172,12 @@ def _schedule(argv: list[str]) -> int:
     return schedule_command(argv)
 
 
+def _plan(argv: list[str]) -> int:
+    from launcher.plan_command import plan_command
+
+    return plan_command(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     parser = _parser(
         "doctor", "What this machine has, and what is missing for each back end. Exit 0: the run could start."
@@ -184,6 +190,18 @@ def _doctor(argv: list[str]) -> int:
     from launcher.doctor import doctor
 
     return doctor(args.overrides, as_json=args.json)
+
+
+def _precision(argv: list[str]) -> int:
+    from launcher.precision_command import precision_command
+
+    return precision_command(argv)
+
+
+def _fp8_report(argv: list[str]) -> int:
+    from launcher.fp8_report import fp8_report
+
+    return fp8_report(argv)
 
 
 def _placement(argv: list[str]) -> int:
@@ -215,7 +233,10 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("continue a prompt", _generate),
     "bench": Command("measure speed: bench step|data --json [OVERRIDES]", _bench),
     "schedule": Command("check, simulate and draw a pipeline schedule; schedule auto says why", _schedule),
+    "plan": Command("memory, time and cost of a run before it starts; --validate, --search", _plan),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
+    "precision": Command("format, tile and bytes of every tensor, in forward and backward", _precision),
+    "fp8-report": Command("where FP8 hurts: a run's logged amax, saturation, underflow and error", _fp8_report),
     "placement": Command("plan copies of the busiest experts from a run's logged load", _placement),
     "checkpoint": Command("import-hf SRC DST | export-hf SRC DST: published names and layout", _checkpoint),
 }

@@ -54,14 +54,31 @@ def changes(found: Plan, *, most: int = 3) -> list[Change]:
     tried = []
     for what, job in candidates(found.job):
         try:
-            other = plan(job)
+            seconds, fits = estimate(job)
         except (ScheduleError, SplitError):
             continue
-        per_token = other.step_seconds / job.tokens_per_step * found.job.tokens_per_step
-        tried.append(Change(what, per_token, found.step_seconds - per_token, other.fits))
+        per_token = seconds / job.tokens_per_step * found.job.tokens_per_step
+        tried.append(Change(what, per_token, found.step_seconds - per_token, fits))
     useful = [c for c in tried if (c.saved_seconds > 0.002 * found.step_seconds and c.fits >= found.fits)
               or (c.fits and not found.fits)]  # fmt: skip
     return sorted(useful, key=lambda c: (-c.fits, -c.saved_seconds))[:most]
+
+
+def estimate(job: Job) -> tuple[float, bool]:
+    """Seconds of a step and whether it fits.
+
+    Of many micro-batches two smaller numbers are simulated and drawn out straight, which a schedule in its steady
+    state follows; peaks of memory are reached by then.
+    """
+    ranks, number = job.parallel.pipeline, job.num_microbatches
+    low, high = 2 * ranks, 2 * ranks + max(2, ranks // 4 * 2)
+    if number <= high or job.cut > 1:
+        whole = plan(job)
+        return whole.step_seconds, whole.fits
+    samples = job.micro_batch_size * job.parallel.data
+    short, longer = (plan(replace(job, global_batch_size=samples * n)) for n in (low, high))
+    slope = (longer.step_seconds - short.step_seconds) / (high - low)
+    return longer.step_seconds + (number - high) * slope, longer.fits
 
 
 def candidates(job: Job) -> Iterator[tuple[str, Job]]:
@@ -80,9 +97,9 @@ def candidates(job: Job) -> Iterator[tuple[str, Job]]:
             yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
-    for level in ("none", "attend", "layer"):
-        if level != parallel.recompute:
-            yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
+    more = {"none": ("attend", "layer"), "attend": ("none", "layer"), "layer": ("none", "attend")}
+    for level in more[parallel.recompute]:
+        yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
     for name in ("1f1b", "zbv", "dualpipev", "dualpipe"):
         if name != parallel.schedule and parallel.pipeline > 1 and name in SCHEDULES:
             yield f"parallel.schedule={name}", job.with_parallel(schedule=name, layers_per_stage=None)

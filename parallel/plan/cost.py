@@ -1,14 +1,11 @@
-"""Seconds of a step: the phases of every stage priced from kernels, run through the very schedule that will run. No torch."""
+"""Seconds of every stage's phases, from kernels, and where the time of a simulated step goes. No torch."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
 
-from model.config import ModelConfig
-from parallel.pipeline.actions import Action, Pair, Schedule, parts
+from parallel.pipeline.actions import Action, Pair, Schedule
 from parallel.pipeline.overlap import Placed
 from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
-from parallel.pipeline.simulate_phases import PhaseTimeline, simulate_phases
+from parallel.pipeline.simulate_phases import PhaseTimeline
 from parallel.plan.hardware import Hardware
 from parallel.plan.kernels import Calibration, Machine
 from parallel.plan.layers import ALL_TO_ALL_SMS, DEEPEP_SMS, PHASES, LayerShape, layer_bill, transfers
@@ -95,16 +92,14 @@ def layer_costs(shape: LayerShape, machine: Machine, *, sms: int) -> LayerCosts:
     bill, moved = layer_bill(shape, machine, moe=True), transfers(shape, machine, sms=sms)
     compute = {phase: bill.phase(phase) for phase in PHASES}
     weights = {phase.replace("_grad", "_weights"): bill.phase(f"{phase}_weights") for phase in PHASES[3:]}
-    travel = {field.name: getattr(moved, field.name) for field in fields(moved)}
+    travel = {part.name: getattr(moved, part.name) for part in fields(moved)}
     slower = machine.calibration.training
     return LayerCosts(**{key: slower * value for key, value in {**compute, **weights, **travel}.items()})
 
 
-def chains(
-    model: ModelConfig, stages: tuple[range, ...], shape: LayerShape, machine: Machine, *, sms: int
-) -> tuple[Chain, ...]:
+def chains(stages: tuple[range, ...], shape: LayerShape, machine: Machine, *, sms: int) -> tuple[Chain, ...]:
     """Every stage on a machine: dense layers, head, loss and MTP's projection belong to the link that follows them."""
-    moe = layer_costs(shape, machine, sms=sms)
+    model, moe = shape.model, layer_costs(shape, machine, sms=sms)
     bill = layer_bill(shape, machine, moe=False)
     dense = Ends(bill.phase("attend"), bill.phase("attend_grad"), bill.phase("attend_grad_weights"))
     head = _product(machine, shape.tokens, model.vocab_size, model.hidden_size)
@@ -166,8 +161,8 @@ def price(
     compute = {k: v for k, v in calibration.factors.items() if k not in ("dispatch", "combine")}
     idle = Machine(hardware, hardware.num_sms, replace(calibration, factors=compute))
     hop = shape.tokens * shape.model.hidden_size * 2 / hardware.ib_bytes_per_second
-    paired = chains(shape.model, stages, shape, busy, sms=ALL_TO_ALL_SMS)
-    alone = chains(shape.model, stages, shape, idle, sms=DEEPEP_SMS)
+    paired = chains(stages, shape, busy, sms=ALL_TO_ALL_SMS)
+    alone = chains(stages, shape, idle, sms=DEEPEP_SMS)
     nothing = LayerCosts.even(0.0, 0.0)
     return StageCosts(
         nothing, message=hop, alone=alone, paired=paired, single=single_chunks(schedule), bare=bare

@@ -17,7 +17,11 @@ PRECISIONS = ("fp8", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class Job:
-    """A run. tokens: of the whole of it. moments_bytes: of an optimizer moment's element. bare: see `cost.StageCosts`."""
+    """A run.
+
+    tokens: of the whole of it. moments_bytes: of an optimizer moment's element. bare: see `cost.StageCosts`. cut: ranks
+    that would share each sequence (for what a longer context takes; the engine does not cut sequences).
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -30,6 +34,7 @@ class Job:
     moments_bytes: int = 2
     calibration: Calibration = field(default_factory=Calibration)
     bare: bool = False
+    cut: int = 1
 
     @property
     def num_gpus(self) -> int:
@@ -39,7 +44,7 @@ class Job:
     @property
     def num_microbatches(self) -> int:
         """Of one pipeline and step."""
-        return self.global_batch_size // (self.micro_batch_size * self.parallel.data)
+        return self.global_batch_size * self.cut // (self.micro_batch_size * self.parallel.data)
 
     @property
     def tokens_per_step(self) -> int:
@@ -52,7 +57,7 @@ class Job:
         fp8 = self.precision == "fp8"
         wires = [wire == "fp8" for wire in (parallel.dispatch_wire, parallel.dispatch_grad_wire)]
         return LayerShape(
-            self.model, self.micro_batch_size * self.sequence_length, self.sequence_length, parallel.expert,
+            self.model, self.micro_batch_size * self.sequence_length // self.cut, self.sequence_length, parallel.expert,
             parallel.ranks_per_node or self.hardware.gpus_per_node, fp8, WAYS[parallel.dispatcher], *wires,
             parallel.recompute,
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Seconds of kernels from their shapes and the hardware: the first principles, and the factors of a calibration. No torch.
+"""Seconds of kernels from their shapes and the hardware alone, times the factors of a calibration. No torch.
 
-Matrix products: tiles of 128 x 128 run in waves over the SMs, a tile taking 2 * 128 * 128 * (K + K0) FLOPs at a share of
-the peak. Share and K0 (what a tile's start and end cost, as length of K) are the two numbers that fit DeepGEMM's table
+Matrix products: tiles of 128 x 128 run in waves over the SMs, a tile taking 2 * 128 * 128 * (K + K0) FLOPs at a share
+of the peak. Share and K0 (a tile's start and end, as length of K) are the two numbers that fit DeepGEMM's table
 for the H800 at 4,096 rows (README of its first release) to 5%. Everything elementwise takes its bytes over the memory's
 bandwidth. The attention core takes shares of the peak that FlashAttention-3 publishes (arXiv 2407.08608).
 """

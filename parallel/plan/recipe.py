@@ -1,4 +1,4 @@
-"""Days, GPU-hours and money of a whole run: the growing batch at its start and the longer contexts at its end. No torch."""
+"""Days, GPU-hours and money of a whole run, with the growing batch at its start and the longer contexts at its end."""
 
 from bisect import bisect
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from parallel.pipeline.simulate_phases import simulate_phases
 from parallel.plan.cost import price
 from parallel.plan.job import Job
+from parallel.plan.memory import memory_of
 from parallel.plan.step import Plan
 
 RAMP_TOKENS = 469e9  # report section 4.2: 3,072 to 15,360 sequences in the first 469B tokens, steps not published
@@ -60,12 +61,29 @@ def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
     ramp = _ramp_seconds(plan) * gpu_hours
     extensions = []
     for length, sequences, steps in EXTENSIONS:
-        samples = job.micro_batch_size * job.parallel.data
-        whole = -(-sequences // samples) * samples  # the nearest batch that every pipeline can share
-        longer = replace(job, sequence_length=length, global_batch_size=whole)
-        extensions.append(steps * step_seconds(longer, plan) * sequences / whole * gpu_hours)
+        extensions.append(steps * step_seconds(extension(plan, length, sequences), plan) * gpu_hours)
     rest = (job.tokens - RAMP_TOKENS) * full * gpu_hours
     return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour)
+
+
+def extension(plan: Plan, length: int, sequences: int) -> Job:
+    """The plan's job at a longer context, on the same ranks.
+
+    Sequences that do not divide over the pipelines are cut over ranks until they do (the report does not say how it
+    did that), and what does not fit is computed again.
+    """
+    job, samples = plan.job, plan.job.micro_batch_size * plan.job.parallel.data
+    cut = next(n for n in range(1, samples + 1) if sequences * n % samples == 0)
+    longer = replace(job, sequence_length=length, global_batch_size=sequences, cut=cut)
+    for level in ("none", "attend", "layer"):
+        longer = longer.with_parallel(recompute=level)
+        memory = memory_of(
+            longer.shape(), longer.parallel, longer.schedule(), plan.stages,
+            precision=job.precision, moments_bytes=job.moments_bytes,
+        )  # fmt: skip
+        if max(rank.total for rank in memory) <= job.hardware.memory_bytes:
+            break
+    return longer
 
 
 def has_ramp(job: Job) -> bool:

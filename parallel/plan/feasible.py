@@ -1,0 +1,77 @@
+"""What no plan can be made of: clusters, placements and GPUs that cannot hold the model; each with what would work."""
+
+import math
+
+from model.counts import block_shapes
+from parallel.expert.placement import Placement
+from parallel.plan.hardware import HardwareError, check_cluster
+from parallel.plan.job import Job
+from parallel.plan.layers import LayerShape
+from parallel.plan.memory import kept_bytes
+
+
+def problems(job: Job) -> list[str]:
+    """Every reason why a run cannot be on its cluster, one line each; memory of the whole is not judged here."""
+    found = []
+    for rule in (_nodes, _gate, _one_layer):
+        try:
+            rule(job)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def _nodes(job: Job) -> None:
+    check_cluster(job.hardware, job.num_gpus)
+
+
+def _gate(job: Job) -> None:
+    """The gate's groups lie within nodes, so that a token reaches as many as it may."""
+    model, parallel = job.model, job.parallel
+    per_node = min(parallel.expert, parallel.ranks_per_node or job.hardware.gpus_per_node)
+    placement = Placement(model.n_routed_experts, parallel.expert, per_node)
+    if model.topk_group < model.n_group and placement.num_nodes > 1:
+        try:
+            placement.require_node_limit(n_group=model.n_group, topk_group=model.topk_group)
+        except ValueError as error:
+            fits = [
+                n * per_node
+                for n in range(1, model.n_group + 1)
+                if model.n_group % n == 0 and model.n_routed_experts % (n * per_node) == 0
+                and parallel.data % (n * per_node) == 0
+            ]  # fmt: skip
+            nearest = min(fits, key=lambda n: abs(n - parallel.expert), default=per_node)
+            raise HardwareError(
+                f"parallel.expert={parallel.expert}: {error}; or use parallel.expert={nearest}"
+            ) from error
+
+
+def _one_layer(job: Job) -> None:
+    """One layer's weights, gradients and activations of one micro-batch fit a GPU."""
+    needed = one_layer_bytes(job, job.parallel.expert)
+    memory = job.hardware.memory_bytes
+    if needed <= memory:
+        return
+    sizes = [n for n in range(1, job.parallel.data + 1) if job.parallel.data % n == 0]
+    fits = [n for n in sizes if job.model.n_routed_experts % n == 0 and one_layer_bytes(job, n) <= memory]
+    advice = (
+        f"parallel.expert={min(fits)}" if fits else f"a GPU with {needed / 2**30:.1f} GiB, or shorter micro-batches"
+    )
+    raise HardwareError(
+        f"one layer takes {needed / 2**30:.1f} GiB with parallel.expert={job.parallel.expert}, a {job.hardware.name} "
+        f"has {memory / 2**30:.1f} GiB: use {advice}"
+    )
+
+
+def one_layer_bytes(job: Job, expert: int) -> float:
+    """Weights and FP32 gradients of the largest layer on a rank, and what one micro-batch keeps there."""
+    element = 4 if job.precision == "fp32" else 2
+    moe = job.model.num_moe_layers > 0
+    parameters = sum(
+        math.prod(shape) / (expert if ".experts." in name else 1) for name, shape in block_shapes(job.model, moe=moe)
+    )
+    tokens = job.micro_batch_size * job.sequence_length // job.cut
+    shape = LayerShape(
+        job.model, tokens, job.sequence_length, expert, fp8=job.precision == "fp8", recompute=job.parallel.recompute
+    )
+    return parameters * (element + 4) + kept_bytes(shape, moe=moe, element_bytes=element)
