@@ -34,6 +34,9 @@ class StepEvent:
     dropped_tokens: int = 0  # always 0 by design; written so that a reader can check it
     # per MoE layer: tokens of every expert in this step; empty but every train.expert_counts_every steps
     expert_counts: tuple[tuple[int, ...], ...] = ()
+    # per FP8 tensor: layer, which tensor, amax, saturated, underflow, relative error (`model.fp8.watch.TensorStats`);
+    # empty but every fp8.watch_every steps
+    fp8: tuple[tuple[str | float, ...], ...] = ()
 
 
 def _plain(value: Any) -> Any:
@@ -57,6 +60,10 @@ def _event(record: Mapping[str, Any]) -> StepEvent:
     for field in fields(StepEvent):
         if field.name == "expert_counts":  # logs of earlier versions have none
             values[field.name] = tuple(tuple(map(int, row)) for row in record.get(field.name, ()))
+            continue
+        if field.name == "fp8":
+            rows = record.get(field.name, ())
+            values[field.name] = tuple((str(row[0]), str(row[1]), *map(float, row[2:])) for row in rows)
             continue
         value = record[field.name]
         if field.name == "expert_load":

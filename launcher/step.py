@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher import fp8_samples
 from launcher.build import Run
 from model.fp8.linear import weights_changed
+from model.fp8.watch import TensorStats
 from model.transformer import Microbatch, StageLoss
 from optim.clip import clip_scale, global_norm
 from optim.router_bias import load_violation, update_bias
@@ -38,6 +40,7 @@ class StepResult:
     bias_range: float
     expert_counts: dict[int, list[int]] | None = None
     tokens: int = 0
+    fp8: list[TensorStats] | None = None  # where a sample was due (fp8.watch_every)
 
 
 def microbatch(run: Run, number: int) -> Microbatch:
@@ -60,7 +63,9 @@ def train_step(run: Run) -> StepResult:
     optim, progress = run.config.optim, run.progress
     planned = run.plan.at(progress.tokens)
     lr = value_at(optim.lr, progress.tokens + planned.tokens)  # so that the first step of a warm-up counts
+    fp8_samples.begin(run)
     losses = run.executors.of(planned.num_microbatches).step(lambda number: microbatch(run, number))
+    samples = fp8_samples.end(run)
     run.zero1.reduce_gradients()
     main, mtp, balance = _reduce_losses(run, losses)
     norm = global_norm(
@@ -83,7 +88,7 @@ def train_step(run: Run) -> StepResult:
     progress.samples += planned.batch
     has_mtp = run.config.model.num_nextn_predict_layers > 0
     mtp_loss = mtp if has_mtp else None
-    return StepResult(main, mtp_loss, balance, lr, norm, loads, bias_range, logged, planned.tokens)
+    return StepResult(main, mtp_loss, balance, lr, norm, loads, bias_range, logged, planned.tokens, fp8=samples)
 
 
 def tokens_per_step(run: Run) -> int:
@@ -115,6 +120,8 @@ def _require_finite(run: Run, loss: float, norm: float) -> None:
         if not torch.isfinite(p.weight.main_grad).all()  # type: ignore[attr-defined]
     ]  # fmt: skip
     where = f"first parameter with a non-finite gradient here: {bad[0]}" if bad else "its own gradients are finite"
+    tensor = fp8_samples.first_non_finite(run)
+    where += f"; first non-finite tensor that FP8 read here: {tensor}" if tensor else ""
     raise NonFiniteError(
         f"step {run.progress.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. "
         f"Rank {run.process.rank}: {where}"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -134,6 +135,7 @@ class _Log:
             expert_load=loads,
             router_bias_range=result.bias_range,
             expert_counts=tuple(map(tuple, (result.expert_counts or {}).values())),
+            fp8=tuple(map(astuple, result.fp8 or ())),
         )
         self._events.append(event)
         self._display.step(event)

@@ -1,5 +1,7 @@
 """Give a model's linears their FP8: every one but embedding, output head and router (report 3.3.1)."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -8,6 +10,7 @@ from model.fp8.config import FP8Config
 from model.fp8.formats import Scales
 from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
 from model.fp8.swiglu import FP8SwiGLU
+from model.fp8.watch import Watch
 from model.linear import GroupedLinear, Linear
 from model.mlp import MLP
 
@@ -40,12 +43,14 @@ def fp8_linears(model: nn.Module) -> dict[str, Linear | GroupedLinear]:
     return found
 
 
-def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device | str = "cpu") -> None:
+def apply_fp8(
+    model: nn.Module, config: FP8Config, *, device: torch.device | str = "cpu", watch: Watch | None = None
+) -> None:
     """Let every linear of `model` (a stage, or all of it) that may compute in FP8 do so from now on.
 
-    Raises MissingBackend or MissingCompiler in one line where the back end is not there.
+    watch: what their samples go to. Raises MissingBackend or MissingCompiler in one line where a back end is not there.
     """
-    device = torch.device(device)
+    device, watch = torch.device(device), watch or Watch()
     if config.backend == "transformer_engine":
         from model.fp8.transformer_engine import apply_transformer_engine
 
@@ -54,7 +59,7 @@ def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device | str
     for name, linear in fp8_linears(model).items():
         after_attention = name.rpartition(".")[2] == ATTENTION_OUTPUT
         cache = config.attention_cache if after_attention else config.input_cache
-        linear.fp8 = FP8Layer(recipe_of(config, cache=cache, device=device))
+        linear.fp8 = FP8Layer(recipe_of(config, cache=cache, device=device), name, watch)
     if not config.recompute_swiglu:
         return
     for module in model.modules():
@@ -62,3 +67,9 @@ def apply_fp8(model: nn.Module, config: FP8Config, *, device: torch.device | str
             layer = module.down_proj.fp8
             assert isinstance(layer, FP8Layer)
             module.swiglu_down = FP8SwiGLU(layer)
+
+
+def watches(models: Iterable[nn.Module]) -> list[Watch]:
+    """The watches of the FP8 layers of some stages, each once."""
+    layers = (getattr(module, "fp8", None) for model in models for module in model.modules())
+    return list({id(layer.watch): layer.watch for layer in layers if isinstance(layer, FP8Layer)}.values())

@@ -17,6 +17,7 @@ from model.fp8.formats import AMAX_FLOOR, Layout, QuantisedTensor, Rows, Scales,
 from model.fp8.gemm import ExactProducts, FastProducts, Products
 from model.fp8.native import NativeKernels
 from model.fp8.quantise import Kernels, Quantiser, TorchKernels
+from model.fp8.watch import Watch
 from model.weight_grad import WeightGradSink
 
 
@@ -98,9 +99,14 @@ def round_weight(weight: Tensor, quantiser: Quantiser, products: Products[Any]) 
 
 @dataclass
 class FP8Layer:
-    """What one linear or grouped linear needs to compute in FP8; `model/linear.py` calls it where it is set."""
+    """What one linear or grouped linear needs to compute in FP8; `model/linear.py` calls it where it is set.
+
+    name: of the linear in the model, for `watch`.
+    """
 
     recipe: FP8Recipe
+    name: str = ""
+    watch: Watch = field(default_factory=Watch)
     kept: RoundedWeight = field(default_factory=RoundedWeight)
 
     def __post_init__(self) -> None:
@@ -124,6 +130,17 @@ class FP8Layer:
     ) -> Tensor:
         """x [..., in]; weight [out, in], or [groups, out, in] with counts rows each -> [..., out] in x's dtype."""
         return _FP8Linear.apply(x, weight, sink, counts, self)  # type: ignore[return-value]
+
+    def watch_input(self, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> None:
+        """Sample input and weight if a sample is due."""
+        self.watch.sample(self.name, "input", x, self.input_rows, counts)
+        num_groups = 1 if weight.dim() == 2 else len(weight)
+        self.watch.sample(self.name, "weight", weight, self.weight_blocks, (weight.shape[-2],) * num_groups)
+
+    def watch_gradient(self, grad: Tensor, counts: tuple[int, ...]) -> None:
+        """Sample the output's gradient in both its tiles if a sample is due."""
+        self.watch.sample(self.name, "gradient", grad, self.gradient_rows, counts)
+        self.watch.sample(self.name, "gradient_columns", grad, self.gradient_columns, counts)
 
     def weight(self, weight: Tensor) -> Any:
         """The weight in 128x128 blocks."""
@@ -174,7 +191,9 @@ class _FP8Linear(torch.autograd.Function):
     ) -> Tensor:
         x_RI = x.flatten(0, -2)
         counts = (len(x_RI),) if counts is None else counts
+        layer.watch_input(x_RI, weight, counts)
         kept, rounded = layer.take_input(x_RI, counts)
+        layer.watch.check(layer.name, "input", tensors_of(kept)[-1])
         ctx.like = (kept.tile, kept.rows) if isinstance(kept, QuantisedTensor) else None
         ctx.save_for_backward(weight, *tensors_of(kept))
         ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
@@ -186,6 +205,7 @@ class _FP8Linear(torch.autograd.Function):
         (grad,) = grads
         weight, *tensors = ctx.saved_tensors
         layer, counts, grad_RO, grad_x = ctx.layer, ctx.counts, grad.flatten(0, -2), None
+        layer.watch_gradient(grad_RO, counts)
         if ctx.needs_input_grad[0]:
             rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
             grad_RI = layer.products.dgrad(rounded, layer.weight(weight))

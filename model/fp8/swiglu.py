@@ -32,11 +32,15 @@ class _SwiGLULinear(torch.autograd.Function):
     ) -> Tensor:
         rows = gate_up.flatten(0, -2)
         counts = (len(rows),) if counts is None else counts
+        layer.watch.sample(layer.name, "swiglu_input", rows, layer.input_rows, counts)
         kept = layer.input_rows.quantise(rows, counts)
+        layer.watch.check(layer.name, "swiglu_input", kept.scales)
         ctx.like = (kept.tile, kept.rows)
         ctx.save_for_backward(weight, row_weights, *tensors_of(kept))
         ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
-        hidden = layer.products.rounded(layer.input_rows, swiglu(rows, _flat(row_weights)), counts)
+        activated = swiglu(rows, _flat(row_weights))
+        layer.watch_input(activated, weight, counts)
+        hidden = layer.products.rounded(layer.input_rows, activated, counts)
         y = layer.products.fprop(hidden, layer.weight(weight))
         return y.to(gate_up.dtype).view(*gate_up.shape[:-1], y.shape[1])
 
@@ -45,6 +49,7 @@ class _SwiGLULinear(torch.autograd.Function):
         (grad,) = grads
         weight, row_weights, *tensors = ctx.saved_tensors
         layer, counts, grad_RO = ctx.layer, ctx.counts, grad.flatten(0, -2)
+        layer.watch_gradient(grad_RO, counts)
         kept = from_tensors(tuple(tensors), ctx.like)
         assert isinstance(kept, QuantisedTensor)
         rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)

@@ -1,6 +1,7 @@
 """Which layers compute in FP8, that a whole model trains so, and that forgetting a weight's update is noticed."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from tests.launcher.spine import MODEL
 DENSE = replace(MODEL, num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0)
 
 
-def built(config: ModelConfig = MODEL, *, fp8: bool = True, **keys: object) -> Transformer:
+def built(config: ModelConfig = MODEL, *, fp8: bool = True, **keys: Any) -> Transformer:
     model = Transformer(config)
     initialise(model, std=0.05, seed=0)
     model = model.to(torch.bfloat16)
     if fp8:
-        apply_fp8(model, FP8Config(native=False, **keys))  # type: ignore[arg-type]
+        apply_fp8(model, FP8Config(native=False, **keys))
     return model
 
 
@@ -56,7 +57,7 @@ def test_only_the_linear_after_attention_keeps_e5m6() -> None:
 
 
 @pytest.mark.parametrize("keys", [{}, {"recompute_swiglu": False, "attention_cache": "fp8"}, {"scales": "fp32"}])
-def test_gradients_stay_near_bf16(keys: dict[str, object]) -> None:
+def test_gradients_stay_near_bf16(keys: dict[str, Any]) -> None:
     wide, narrow = gradients(built(fp8=False, config=DENSE)), gradients(built(config=DENSE, **keys))
     assert wide.keys() == narrow.keys()
     errors = {name: ((narrow[name] - wide[name]).norm() / wide[name].norm()).item() for name in wide}
