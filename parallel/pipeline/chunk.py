@@ -17,8 +17,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from model.block import Attended, Block, MoE, merge
 from model.dispatch import Combined, Dispatched, Pending
+from model.torch_linear import serve
 from model.transformer import Link, Losses, Microbatch, StageLoss, Transformer
-from model.weight_grad import set_sink
 from parallel.pipeline.phases import Phase
 from parallel.pipeline.weight_grad import Contributions, DeferredSink
 
@@ -74,7 +74,7 @@ class ModelStages:
         self._stages, self._cut, self._recompute = stages, cut or recompute != "none", recompute
         self._sink = DeferredSink()
         for stage in stages.values():
-            set_sink(stage, self._sink)
+            serve(stage, self._sink)
 
     @property
     def hidden_size(self) -> int:
