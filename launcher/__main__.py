@@ -211,14 +211,9 @@ def _placement(argv: list[str]) -> int:
 
 
 def _checkpoint(argv: list[str]) -> int:
-    parser = _parser("checkpoint", "Converts between our checkpoints and published ones (config.json and safetensors).")
-    parser.add_argument("action", choices=("import-hf", "export-hf"))
-    parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("destination", type=Path, metavar="DST")
-    args = parser.parse_args(argv)
-    from launcher.checkpoint_commands import export_hf, import_hf
+    from launcher.checkpoint_cli import checkpoint_command
 
-    return (import_hf if args.action == "import-hf" else export_hf)(args.source, args.destination)
+    return checkpoint_command(argv)
 
 
 def _parser(name: str, description: str) -> ArgumentParser:
@@ -238,7 +233,7 @@ COMMANDS: dict[str, Command] = {
     "precision": Command("format, tile and bytes of every tensor, in forward and backward", _precision),
     "fp8-report": Command("where FP8 hurts: a run's logged amax, saturation, underflow and error", _fp8_report),
     "placement": Command("plan copies of the busiest experts from a run's logged load", _placement),
-    "checkpoint": Command("import-hf SRC DST | export-hf SRC DST: published names and layout", _checkpoint),
+    "checkpoint": Command("list | show | verify | prune | import-hf | export-hf", _checkpoint),
 }
 
 
