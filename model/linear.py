@@ -24,6 +24,10 @@ class FP8Call(Protocol):
         """x [..., in], weight [out, in] or [groups, out, in] with counts rows each -> [..., out]."""
         ...
 
+    def weights_changed(self) -> None:
+        """Called after every update of the weights."""
+        ...
+
 
 class _Linear(torch.autograd.Function):
     """x [..., I], weight [O, I] -> [..., O], computed in `dtype` where that is given, else in x's."""

@@ -148,6 +148,10 @@ class FP8Layer:
             return self.kept.get(weight, self.weight_blocks, self.products)
         return round_weight(weight, self.weight_blocks, self.products)
 
+    def weights_changed(self) -> None:
+        """Round the weight anew at its next use."""
+        self.kept.drop()
+
     def take_input(self, x: Tensor, counts: tuple[int, ...]) -> tuple["KeptInput", Any]:
         """x to keep for the weight gradient, and x rounded 1x128 for Fprop."""
         kind = self.recipe.input_cache
@@ -226,5 +230,5 @@ def weights_changed(module: nn.Module) -> None:
     """Round the weights of every FP8 layer below `module` anew at their next use: call it after every update."""
     for child in module.modules():
         layer = getattr(child, "fp8", None)
-        if isinstance(layer, FP8Layer):
-            layer.kept.drop()
+        if layer is not None:
+            layer.weights_changed()

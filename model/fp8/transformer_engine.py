@@ -1,0 +1,146 @@
+"""Transformer Engine as the back end of the FP8 linears on a GPU: te.Linear and te.GroupedLinear around our weights.
+
+It is imported when asked for and not before: importing it needs cuDNN and a CUDA build of torch. Nothing here has run
+on a GPU; the classes, arguments and attributes it uses are held to the sources of the pinned wheel by
+tests/model/fp8/test_transformer_engine.py, the numbers to the oracle by tests/gpu/test_te_contract.py.
+
+Differences from the report and from the oracle's defaults: activations and gradients are rounded in both orientations
+from the wide tensor (`InputCache.WIDE`); the amax has no floor; scales are powers of two unless
+NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 was set when it was imported; nothing is kept in E5M6. Rows are filled up with
+zeros to multiples of 128, which add nothing to a weight gradient.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, FP8Config
+from model.fp8.formats import TILE_SIZE
+from model.linear import GroupedLinear, Linear
+from model.weight_grad import WeightGradSink, main_grad
+
+INSTEAD = "choose fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
+
+
+class MissingBackend(ValueError):
+    """Transformer Engine is not there, or this machine cannot do what is asked of it."""
+
+    user_error = True
+
+
+def load_transformer_engine(config: FP8Config) -> tuple[Any, Any]:
+    """The module and the recipe; MissingBackend in one line with what was found, what is needed, what to do."""
+    needed = f"{TRANSFORMER_ENGINE_FROM} or newer, below {TRANSFORMER_ENGINE_UNTIL}"
+    try:
+        found = version("transformer_engine")
+    except PackageNotFoundError:
+        raise MissingBackend(f"Transformer Engine is not installed ({needed} is needed): {INSTEAD}") from None
+    try:
+        import transformer_engine.pytorch as te  # type: ignore[import-not-found]
+        from transformer_engine.common.recipe import Float8BlockScaling  # type: ignore[import-not-found]
+    except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MissingBackend(f"Transformer Engine {found} cannot be imported ({reason}): {INSTEAD}") from None
+    able, reason = te.is_fp8_block_scaling_available(return_reason=True)
+    if not able:
+        raise MissingBackend(f"Transformer Engine {found} cannot do FP8 in blocks here ({reason}): {INSTEAD}")
+    recipe = Float8BlockScaling()
+    if recipe.fp8_quant_fwd_inp.power_2_scale != (config.scales == "pow2"):
+        value = int(config.scales == "fp32")
+        raise MissingBackend(
+            f"fp8.scales={config.scales} with Transformer Engine needs NVTE_FP8_BLOCK_SCALING_FP32_SCALES={value} in "
+            "the environment of every rank before it starts"
+        )
+    return te, recipe
+
+
+class _AfterBackward(torch.autograd.Function):
+    """The identity on a layer's input, whose backward runs once the layer's own is done: the time to tell the sink."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, module: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.sink, ctx.module = sink, module
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,), module = ctx.saved_tensors, ctx.module
+        # It adds to the weights' main_grad itself, which is the accumulator that the sink would give.
+        ctx.sink.put(weight, lambda acc: module.backward_dw())
+        return grads[0], None, None, None
+
+
+class TransformerEngineLinear:
+    """`FP8Call` over te.Linear, or te.GroupedLinear for a stack of experts' weights [groups, out, in].
+
+    The weight stays ours: its memory and its main_grad are shared. It is rounded in the first forward after
+    `weights_changed`, and kept so for the step.
+    """
+
+    def __init__(self, te: Any, recipe: Any, weight: nn.Parameter) -> None:
+        self._te, self._recipe, self._fresh = te, recipe, True
+        out_features, in_features = weight.shape[-2:]
+        options = {
+            "bias": False,
+            "params_dtype": weight.dtype,
+            "device": "meta",  # no memory of its own
+            "fuse_wgrad_accumulation": True,
+            "delay_wgrad_compute": True,
+        }
+        gradient = main_grad(weight)
+        if weight.dim() == 2:
+            self.module = te.Linear(in_features, out_features, **options)
+            self.module.weight = weight
+            return
+        self.module = te.GroupedLinear(len(weight), in_features, out_features, **options)
+        for number, (part, part_gradient) in enumerate(zip(weight.data, gradient, strict=True)):
+            own = nn.Parameter(part)
+            own.main_grad = part_gradient  # type: ignore[attr-defined]
+            setattr(self.module, f"weight{number}", own)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """See `model.linear.FP8Call`."""
+        x_RI = x.flatten(0, -2)
+        if torch.is_grad_enabled() and not x_RI.requires_grad:
+            x_RI = x_RI.detach().requires_grad_()  # so that the weight gradient still has its turn
+        watched = _AfterBackward.apply(x_RI, weight, sink, self.module)
+        padded, index = padded_rows(watched, counts or (len(x_RI),))  # type: ignore[arg-type]
+        with self._te.autocast(enabled=True, recipe=self._recipe):
+            if counts is None:
+                y = self.module(padded, is_first_microbatch=self._fresh)
+            else:
+                splits = [_padded_count(count) for count in counts]
+                y = self.module(padded, splits, is_first_microbatch=self._fresh)
+        self._fresh = False
+        return y.index_select(0, index).view(*x.shape[:-1], y.shape[-1])
+
+    def weights_changed(self) -> None:
+        """Round the weight anew at the next use."""
+        self._fresh = True
+
+
+def _padded_count(count: int) -> int:
+    return -(-count // TILE_SIZE) * TILE_SIZE
+
+
+def padded_rows(x_RI: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x with every group's rows filled up with zero rows to a multiple of 128, and where each of its rows went."""
+    starts, places = 0, []
+    for count in counts:
+        places.append(torch.arange(starts, starts + count, device=x_RI.device))
+        starts += _padded_count(count)
+    index = torch.cat(places)
+    return x_RI.new_zeros(starts, x_RI.shape[1]).index_copy(0, index, x_RI), index
+
+
+def apply_transformer_engine(linears: Mapping[str, Linear | GroupedLinear], config: FP8Config) -> None:
+    """Let these linears compute in Transformer Engine; their weights must be where they will stay."""
+    te, recipe = load_transformer_engine(config)
+    for linear in linears.values():
+        linear.fp8 = TransformerEngineLinear(te, recipe, linear.weight)

@@ -1,0 +1,276 @@
+"""The adapter without a GPU: its logic on a stand-in with Transformer Engine's manners, its calls against the wheel."""
+
+import ast
+import queue
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model.fp8 import transformer_engine as adapter
+from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, FP8Config
+from model.fp8.linear import weights_changed
+from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_transformer_engine, padded_rows
+from model.linear import GroupedLinear, Linear
+from model.weight_grad import main_grad, set_sink
+from parallel.pipeline.weight_grad import DeferredSink
+
+VERSION = "2.20.2"
+
+
+class _Product(torch.autograd.Function):
+    """Wide products whose weight gradients wait in a queue, as with delay_wgrad_compute."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, splits: Any, module: Any, *weights: Any) -> Any:
+        ctx.save_for_backward(x, *weights)
+        ctx.splits, ctx.module = splits, module
+        return torch.cat([part @ weight.t() for part, weight in zip(x.split(splits), weights, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, *weights = ctx.saved_tensors
+        parts = list(zip(grads[0].split(ctx.splits), x.split(ctx.splits), weights, strict=True))
+        ctx.module.waiting.put([(grad, rows) for grad, rows, _ in parts])
+        return torch.cat([grad @ weight for grad, _, weight in parts]), None, None, *([None] * len(weights))
+
+
+class _Stand(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        assert options["delay_wgrad_compute"] and options["fuse_wgrad_accumulation"] and not options["bias"]
+        self.waiting: queue.Queue[Any] = queue.Queue()
+        self.first: list[bool] = []
+
+    def weights(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.device.type != "meta"]
+
+    def backward_dw(self) -> None:
+        for (grad, rows), weight in zip(self.waiting.get_nowait(), self.weights(), strict=True):
+            main_grad(weight).add_(grad.t() @ rows)
+
+
+class StandLinear(_Stand):
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=options["device"]))
+
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        assert len(inp) % 128 == 0
+        self.first.append(bool(is_first_microbatch))
+        return _Product.apply(inp, [len(inp)], self, self.weight)
+
+
+class StandGrouped(_Stand):
+    def __init__(self, num_gemms: int, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(**options)
+        for number in range(num_gemms):
+            setattr(self, f"weight{number}", nn.Parameter(torch.empty(out_features, in_features, device="meta")))
+
+    def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Any:
+        assert all(split % 128 == 0 for split in m_splits) and sum(m_splits) == len(inp)
+        self.first.append(bool(is_first_microbatch))
+        return _Product.apply(inp, list(m_splits), self, *self.weights())
+
+
+@contextmanager
+def autocast(*, enabled: bool, recipe: Any) -> Iterator[None]:
+    assert enabled and recipe == "recipe"
+    yield
+
+
+STAND = SimpleNamespace(Linear=StandLinear, GroupedLinear=StandGrouped, autocast=autocast)
+
+
+def pair(*sizes: int) -> tuple[Any, Any]:
+    """A plain layer and the same with the adapter over the stand-in."""
+    plain, ours = (Linear(*sizes) if len(sizes) == 2 else GroupedLinear(*sizes) for _ in range(2))
+    with torch.no_grad():
+        plain.weight.normal_()
+        ours.weight.copy_(plain.weight)
+    ours.fp8 = TransformerEngineLinear(STAND, "recipe", ours.weight)
+    return plain, ours
+
+
+@pytest.mark.parametrize(("sizes", "arguments", "shape"), [
+    ((48, 32), (), (2, 37, 48)),
+    ((48, 32), (), (128, 48)),
+    ((3, 48, 32), ((130, 0, 5),), (135, 48)),
+])  # fmt: skip
+def test_padding_and_put_off_gradients(sizes: Any, arguments: Any, shape: Any) -> None:
+    plain, ours = pair(*sizes)
+    sink = DeferredSink()
+    set_sink(ours, sink)
+    put_off: list[Any] = []
+    for seed in range(2):
+        x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_() for _ in range(2))
+        grad = torch.randn(*shape[:-1], 32)
+        plain(x, *arguments).backward(grad)
+        with sink.collecting(put_off):
+            ours(y, *arguments).backward(grad)
+        torch.testing.assert_close(y.grad, x.grad)
+    assert len(put_off) == 2 and not ours.weight.main_grad.any()
+    sink.run(put_off)
+    torch.testing.assert_close(ours.weight.main_grad, plain.weight.main_grad)
+    assert ours.weight.grad is None
+
+
+def test_weights_are_rounded_once_a_step() -> None:
+    _, ours = pair(16, 16)
+    holder = nn.ModuleList([ours])
+    for _ in range(2):
+        ours(torch.randn(4, 16))
+    weights_changed(holder)
+    ours(torch.randn(4, 16))
+    assert ours.fp8.module.first == [True, False, True]
+
+
+def test_an_input_without_gradient_still_gives_the_weights() -> None:
+    plain, ours = pair(16, 16)
+    x = torch.randn(4, 16)
+    for layer in (plain, ours):
+        layer(x).sum().backward()
+    torch.testing.assert_close(ours.weight.main_grad, plain.weight.main_grad)
+
+
+def test_the_module_is_no_part_of_the_model() -> None:
+    _, ours = pair(16, 16)
+    assert [name for name, _ in ours.named_parameters()] == ["weight"] and list(ours.children()) == []
+
+
+def test_padded_rows_go_back() -> None:
+    x = torch.arange(10.0).view(5, 2)
+    padded, index = padded_rows(x, (2, 0, 3))
+    assert padded.shape == (256, 2) and torch.equal(padded[index], x) and padded.sum() == x.sum()
+
+
+def test_missing_is_one_line(monkeypatch: Any) -> None:
+    def absent(name: str) -> str:
+        raise adapter.PackageNotFoundError(name)
+
+    monkeypatch.setattr(adapter, "version", absent)
+    with pytest.raises(MissingBackend) as caught:
+        load_transformer_engine(FP8Config(backend="transformer_engine"))
+    text = str(caught.value)
+    assert "not installed" in text and "oracle_fast" in text and "\n" not in text
+    if find_spec("transformer_engine"):
+        return
+    monkeypatch.setattr(adapter, "version", lambda name: VERSION)
+    with pytest.raises(MissingBackend, match=rf"Transformer Engine {VERSION} cannot be imported"):
+        load_transformer_engine(FP8Config(backend="transformer_engine"))
+
+
+# --- against the wheel -------------------------------------------------------------------------------------------
+
+
+def parsed(wheel: zipfile.ZipFile, path: str) -> ast.Module:
+    return ast.parse(wheel.read(f"transformer_engine/{path}"))
+
+
+def function_of(tree: ast.Module, owner: str | None, name: str) -> ast.FunctionDef:
+    scopes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner] if owner else [tree]
+    return next(n for scope in scopes for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    return [a.arg for a in (*function.args.args, *function.args.kwonlyargs) if a.arg != "self"]
+
+
+def calls(name: str) -> list[ast.Call]:
+    """Calls in the adapter whose target reads `name`."""
+    tree = ast.parse(Path(adapter.__file__).read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
+
+
+def options() -> set[str]:
+    """The keys of the adapter's `options`, which te.Linear and te.GroupedLinear are given."""
+    tree = ast.parse(Path(adapter.__file__).read_text())
+    (found,) = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "options"]
+    assert isinstance(found, ast.Dict)
+    return {str(key.value) for key in found.keys if isinstance(key, ast.Constant)}
+
+
+def fits(call: ast.Call, function: ast.FunctionDef, extra: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
+    names = parameters(function)
+    given = {k.arg for k in call.keywords if k.arg} | extra
+    return given <= set(names[len(call.args) :]) and len(call.args) <= len(names)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
+    found = subprocess.run([*command, f"transformer_engine=={VERSION}"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"no wheel of transformer_engine {VERSION}: {found.stderr.strip().splitlines()[-1]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_every_call_fits_the_wheel(wheel: zipfile.ZipFile) -> None:
+    assert (2, 20) == tuple(map(int, TRANSFORMER_ENGINE_FROM.split("."))) < (2, 21), "check the new versions too"
+    assert TRANSFORMER_ENGINE_UNTIL == "2.21"
+    linear, grouped = parsed(wheel, "pytorch/module/linear.py"), parsed(wheel, "pytorch/module/grouped_linear.py")
+    base, quantization = parsed(wheel, "pytorch/module/base.py"), parsed(wheel, "pytorch/quantization.py")
+    given = options()
+    assert {"delay_wgrad_compute", "fuse_wgrad_accumulation"} <= given
+    checked = [
+        *((c, function_of(linear, "Linear", "__init__"), given) for c in calls("te.Linear")),
+        *((c, function_of(grouped, "GroupedLinear", "__init__"), given) for c in calls("te.GroupedLinear")),
+        *((c, function_of(quantization, "autocast", "__init__"), set()) for c in calls("self._te.autocast")),
+        *((c, function_of(quantization, None, "is_fp8_block_scaling_available"), set())
+          for c in calls("te.is_fp8_block_scaling_available")),
+    ]  # fmt: skip
+    modules = calls("self.module")
+    checked += [(c, function_of(linear, "Linear", "forward"), set()) for c in modules if len(c.args) == 1]
+    checked += [(c, function_of(grouped, "GroupedLinear", "forward"), set()) for c in modules if len(c.args) == 2]
+    assert len(checked) == 6
+    for call, function, extra in checked:
+        assert fits(call, function, extra), f"{ast.unparse(call)} does not fit {parameters(function)}"
+    assert calls("module.backward_dw") and not parameters(
+        function_of(base, "TransformerEngineBaseModule", "backward_dw")
+    )
+    assert parameters(function_of(grouped, "GroupedLinear", "forward"))[:2] == ["inp", "m_splits"]
+
+
+@pytest.mark.slow
+def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
+    imports = [n for n in ast.walk(parsed(wheel, "pytorch/__init__.py")) if isinstance(n, ast.ImportFrom)]
+    exported = {alias.name for statement in imports for alias in statement.names}
+    names = ("Linear", "GroupedLinear", "autocast", "is_fp8_block_scaling_available", "Float8BlockQuantizer", "DType")
+    for name in names:
+        assert name in exported, name
+    grouped = ast.unparse(function_of(parsed(wheel, "pytorch/module/grouped_linear.py"), "GroupedLinear", "__init__"))
+    assert "f'weight{i}'" in grouped
+    recipes = parsed(wheel, "common/recipe/__init__.py")
+    (recipe,) = [n for n in recipes.body if isinstance(n, ast.ClassDef) and n.name == "Float8BlockScaling"]
+    fields = {ast.unparse(n.targets[0]) if isinstance(n, ast.Assign) else ast.unparse(n.target)
+              for n in recipe.body if isinstance(n, ast.Assign | ast.AnnAssign)}  # fmt: skip
+    assert {"fp8_quant_fwd_inp", "use_f32_scales"} <= fields
+    assert "NVTE_FP8_BLOCK_SCALING_FP32_SCALES" in ast.unparse(recipe)
+    quantizer = function_of(
+        parsed(wheel, "pytorch/tensor/float8_blockwise_tensor.py"), "Float8BlockQuantizer", "__init__"
+    )
+    contract = ast.parse((Path(__file__).parents[2] / "gpu" / "test_te_contract.py").read_text())
+    (made,) = [n for n in ast.walk(contract) if isinstance(n, ast.Call) and "BlockQuantizer" in ast.unparse(n.func)]
+    assert fits(made, quantizer)
+    (params,) = [n for n in recipes.body if isinstance(n, ast.ClassDef) and n.name == "QParams"]
+    assert "power_2_scale" in ast.unparse(params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["te.Linear(1, 2, biased=False)", "te.Linear(1, 2, out_features=3)"])
+def test_a_wrong_argument_would_be_seen(wheel: zipfile.ZipFile, wrong: str) -> None:
+    call = ast.parse(wrong, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert not fits(call, function_of(parsed(wheel, "pytorch/module/linear.py"), "Linear", "__init__"))
