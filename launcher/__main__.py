@@ -178,6 +178,12 @@ def _plan(argv: list[str]) -> int:
     return plan_command(argv)
 
 
+def _recipe(argv: list[str]) -> int:
+    from launcher.recipe_command import recipe_command
+
+    return recipe_command(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     parser = _parser(
         "doctor", "What this machine has, and what is missing for each back end. Exit 0: the run could start."
@@ -229,6 +235,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command("measure speed: bench step|data --json [OVERRIDES]", _bench),
     "schedule": Command("check, simulate and draw a pipeline schedule; schedule auto says why", _schedule),
     "plan": Command("memory, time and cost of a run before it starts; --validate, --search", _plan),
+    "recipe": Command("every scheduled value of a run and those that follow it, by tokens seen", _recipe),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
     "precision": Command("format, tile and bytes of every tensor, in forward and backward", _precision),
     "fp8-report": Command("where FP8 hurts: a run's logged amax, saturation, underflow and error", _fp8_report),

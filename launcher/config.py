@@ -99,6 +99,13 @@ def choices(group: str) -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
+def experiment_source(name: str) -> dict[str, Any]:
+    """What the YAML file of one experiment says itself, before Hydra merges it with others."""
+    import yaml
+
+    return yaml.safe_load((_config_dir() / "experiment" / f"{name}.yaml").read_text())
+
+
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every key of a run in dotted form, sections included, elements of lists not."""

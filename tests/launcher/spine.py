@@ -4,6 +4,7 @@ The plain side knows nothing of pipelines, experts over ranks or shards: one mod
 own AdamW and clipping.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,8 +171,11 @@ class _Alias(torch.nn.Module):
         add(self.grad)
 
 
-def plain_trace(run_config: RunConfig) -> Trace:
-    """The same steps by one process, one model, one loop, torch's AdamW and clip."""
+def plain_trace(run_config: RunConfig, *, batches: Sequence[int] = ()) -> Trace:
+    """The same steps by one process, one model, one loop, torch's AdamW and clip.
+
+    batches: sequences of each step; none: the configured number in all.
+    """
     c = replace(run_config, parallel=ParallelConfig())
     model = Transformer(c.model)
     initialise(model, std=c.model.initializer_range, seed=c.train.seed)
@@ -188,9 +192,10 @@ def plain_trace(run_config: RunConfig) -> Trace:
         lr=0.0, betas=(c.optim.beta1, c.optim.beta2), eps=c.optim.eps, weight_decay=c.optim.weight_decay,
     )  # fmt: skip
     loader, trace = Loader(c.data), Trace([], [], [], [], [])
-    tokens, batch = 0, c.train.global_batch_size
-    for step in range(STEPS):
-        windows = torch.from_numpy(loader.windows(np.arange(step * batch, (step + 1) * batch)))
+    tokens, samples = 0, 0
+    for batch in batches or STEPS * [run_config.batch_levels[0].batch]:
+        windows = torch.from_numpy(loader.windows(np.arange(samples, samples + batch)))
+        samples += batch
         losses = [
             _plain_microbatch(model, alias, row[None], 1 / batch, value_at(c.optim.mtp_lambda, tokens))
             for row in windows
@@ -204,7 +209,7 @@ def plain_trace(run_config: RunConfig) -> Trace:
         trace.grads.append({name: w.grad.clone() for name, w in named.items() if w.grad is not None})
         norm = torch.cat([grad.flatten().double() for grad in trace.grads[-1].values()]).norm()
         torch.nn.utils.clip_grads_with_norm_(list(named.values()), c.optim.clip_norm, norm.float())
-        tokens += batch * c.data.sequence_length
+        tokens += batch * (windows.shape[1] - 1)
         for group in optimizer.param_groups:
             group["lr"] = value_at(c.optim.lr, tokens)
         optimizer.step()

@@ -1,0 +1,109 @@
+"""A batch that grows and sequences that lengthen: many ranks equal one process, and a restart equals none, bitwise."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.config import DataPhase
+from launcher import build as build_module
+from launcher.build import build, open_data
+from launcher.checkpoint import load, save
+from launcher.config import RunConfig, compose
+from launcher.continuation import begin_with
+from launcher.runtime import process_group
+from launcher.step import train_step
+from model.config import RopeScaling
+from optim.config import Segment
+from tests.distributed import run_distributed
+from tests.launcher.spine import config, parallel_trace, plain_trace, write_tokens
+from tests.launcher.test_checkpoint import VOCAB, prepared
+from tests.launcher.test_spine import compare
+
+BATCHES, LENGTHS = (8, 12, 16), (16, 16, 32)  # of the three steps
+
+
+def growing(prefix: str, run_dir: str = "unused", **layout: Any) -> RunConfig:
+    """Steps of 8 x 16, 12 x 16 and 16 x 32 tokens."""
+    plain = config(prefix, run_dir=run_dir, **layout)
+    ramp = (Segment("constant", 8, 1), Segment("linear", 16, 200))
+    data = replace(plain.data, sequence_length=16, phases=(DataPhase(8 * 16 + 12 * 16, 32),))
+    train = replace(plain.train, global_batch_size=ramp, batch_multiple=4)
+    return replace(plain, train=train, data=data)
+
+
+def test_a_growing_batch_of_longer_sequences_equals_one_process(tmp_path: Path) -> None:
+    prefix = write_tokens(str(tmp_path / "tokens"))
+    run_config = growing(prefix, pipeline=2, expert=2, data=2, schedule="dualpipe", layers=(2, 4))
+    assert run_config.microbatch_counts == (4, 6, 8)
+    plain = plain_trace(run_config, batches=BATCHES)
+    ranks = run_distributed(4, parallel_trace, run_config)
+    for step, (batch, length) in enumerate(zip(BATCHES, LENGTHS, strict=True)):
+        assert ranks[0][step]["result"].tokens == batch * length
+    compare(run_config, ranks, plain)
+
+
+def states(run: Any) -> list[torch.Tensor]:
+    shards = [getattr(shard, kind) for shard in run.optimizer.shards for kind in ("master", "exp_avg", "exp_avg_sq")]
+    biases = [shared.router.e_score_correction_bias for shared in run.model.routers.values()]
+    return [tensor.clone() for tensor in (*shards, *biases)]
+
+
+def stop_and_go(run_config: RunConfig) -> None:
+    """In one rank: three steps; then the same with a new build after each."""
+    with process_group(run_config.train) as process:
+        straight = build(run_config, process)
+        losses = [train_step(straight).loss for _ in range(3)]
+        found: list[float] = []
+        path, run = None, straight
+        for _ in range(3):
+            run = build(run_config, process)
+            if path is not None:
+                load(run, path)
+            found.append(train_step(run).loss)
+            path = save(run)
+        assert found == losses and vars(run.progress) == vars(straight.progress)
+        assert all(torch.equal(a, b) for a, b in zip(states(run), states(straight), strict=True))
+
+
+def test_a_restart_at_any_point_of_the_ramp_changes_nothing(tmp_path: Path) -> None:
+    prefix = prepared(tmp_path / "data")
+    layout = {"pipeline": 2, "expert": 1, "data": 1, "schedule": "dualpipe", "layers": (2, 2), "model": VOCAB}
+    run_distributed(2, stop_and_go, growing(prefix, str(tmp_path / "run"), **layout))
+
+
+def extend(before: RunConfig, after: RunConfig) -> None:
+    with process_group(before.train) as process:
+        first = build(before, process)
+        train_step(first)
+        save(first)
+        second = build(after, process)
+        begin_with(second, Path(before.run_dir))
+        assert vars(second.progress) == {"step": 0, "tokens": 0, "samples": 0}
+        assert second.optimizer.steps == 1
+        assert all(torch.equal(a, b) for a, b in zip(states(second), states(first), strict=True))
+        other, same = (build(c, process) for c in (after, before))
+        for run in (other, same):
+            begin_with(run, Path(before.run_dir))
+        assert train_step(other).loss != train_step(same).loss  # positions turn otherwise
+
+
+def test_an_extension_begins_with_weights_and_moments_at_step_0(tmp_path: Path) -> None:
+    prefix = prepared(tmp_path / "data")
+    layout: dict[str, Any] = {"pipeline": 1, "expert": 1, "data": 1, "schedule": "1f1b", "microbatches": 4}
+    before = config(prefix, run_dir=str(tmp_path / "before"), model=VOCAB, **layout)
+    longer = replace(VOCAB, max_position_embeddings=64, rope_scaling=RopeScaling(2.0, 32))
+    after = config(prefix, run_dir=str(tmp_path / "after"), model=longer, **layout)
+    run_distributed(1, extend, before, after)
+
+
+def test_documents_are_turned_at_the_rate_of_the_tokens_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(build_module, "Loader", lambda data, fim_rate: taken.update(rate=fim_rate))
+    rates = "optim.fim_rate=[{shape: constant, value: 0.1, tokens: 100}, {shape: constant, value: 0.05}]"
+    open_data(compose([rates]))
+    assert [taken["rate"](tokens) for tokens in (0, 99, 100)] == [0.1, 0.1, 0.05]
+    open_data(compose([]))
+    assert taken["rate"] is None
