@@ -112,7 +112,7 @@ def _pictures(found: Plan, html: Path | None, perfetto: Path | None, *, quiet: b
         timeline_html(
             rows,
             html,
-            title=f"{found.schedule.name}: a pipeline of {job.parallel.pipeline} among {job.num_gpus} {job.hardware.name}",
+            title=f"{found.schedule.name}: pipeline of {job.parallel.pipeline}, {job.num_gpus} {job.hardware.name}",
             subtitle=f"step {found.step_seconds:.2f} s, idle {found.split.bubble / found.step_seconds:.1%}, "
             f"{found.tokens_per_second_per_gpu:.0f} tokens/s/GPU",
             time_label="time, s",

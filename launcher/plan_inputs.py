@@ -5,7 +5,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.check import RULES, check_device
+from launcher.check import RULES
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
 from parallel.plan import calibration
@@ -42,7 +42,7 @@ def config_of(overrides: list[str]) -> RunConfig:
     errors = list(result.errors)
     if result.config is not None:
         stale = tuple(f"{key}=" for key in result.bad_keys)
-        rules = [rule for rule in RULES if rule is not check_device]
+        rules = [rule for rule in RULES if rule.__name__ != "check_device"]
         found = [message for rule in rules for message in rule(result.config)]
         errors += [message for message in found if not any(key in message for key in stale)]
     if errors or result.config is None:

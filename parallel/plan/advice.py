@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from parallel.pipeline.schedules import SCHEDULES, ScheduleError
+from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.cost import StageCosts
 from parallel.plan.job import Job
@@ -52,7 +52,7 @@ def pair_work(costs: StageCosts) -> tuple[float, float]:
 def changes(found: Plan, *, most: int = 3) -> list[Change]:
     """The changes that save most time; where the run does not fit, those that make it fit come first."""
     tried = []
-    for what, job in candidates(found.job):
+    for what, job in candidates(found.job, fits=found.fits):
         try:
             seconds, fits = estimate(job)
         except (ScheduleError, SplitError):
@@ -71,7 +71,7 @@ def estimate(job: Job) -> tuple[float, bool]:
     state follows; peaks of memory are reached by then.
     """
     ranks, number = job.parallel.pipeline, job.num_microbatches
-    low, high = 2 * ranks, 2 * ranks + max(2, ranks // 4 * 2)
+    low, high = 2 * ranks, 2 * ranks + 4
     if number <= high or job.cut > 1:
         whole = plan(job)
         return whole.step_seconds, whole.fits
@@ -81,8 +81,8 @@ def estimate(job: Job) -> tuple[float, bool]:
     return longer.step_seconds + (number - high) * slope, longer.fits
 
 
-def candidates(job: Job) -> Iterator[tuple[str, Job]]:
-    """Single changes of the configuration, the batch or the cluster."""
+def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
+    """Single changes of the configuration, the batch or the cluster; fits: whether the job does as it is."""
     parallel = job.parallel
     if job.precision != "fp8":
         yield "train.precision=fp8", replace(job, precision="fp8")
@@ -97,11 +97,12 @@ def candidates(job: Job) -> Iterator[tuple[str, Job]]:
             yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
-    more = {"none": ("attend", "layer"), "attend": ("none", "layer"), "layer": ("none", "attend")}
-    for level in more[parallel.recompute]:
+    levels = ("none", "attend", "layer")
+    here = levels.index(parallel.recompute)
+    for level in levels[here + 1 :] if not fits else levels[:here]:  # less is faster, more is smaller
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
-    for name in ("1f1b", "zbv", "dualpipev", "dualpipe"):
-        if name != parallel.schedule and parallel.pipeline > 1 and name in SCHEDULES:
+    for name in ("zbv", "dualpipev", "dualpipe") if parallel.expert > 1 else ("1f1b", "zbv"):
+        if name != parallel.schedule and parallel.pipeline > 1:
             yield f"parallel.schedule={name}", job.with_parallel(schedule=name, layers_per_stage=None)
     if parallel.pipeline > 1:
         doubled = 2 * job.global_batch_size

@@ -6,9 +6,10 @@ or layer the whole forward of those phases is added to their gradients.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from model.config import ModelConfig
-from parallel.expert.cost import Links, Workload, seconds, traffic
+from parallel.expert.cost import Traffic, Workload, traffic
 from parallel.expert.reach import Gate
 from parallel.plan.kernels import LINK_SHARE, Bill, Machine
 
@@ -166,7 +167,7 @@ def _swiglu(pen: _Pen, phase: str, width: int) -> None:
 def _experts(pen: _Pen) -> None:
     c, shape, m = pen.shape.model, pen.shape, pen.machine
     D, width, R, E = c.hidden_size, c.moe_intermediate_size, shape.rows, shape.local_experts
-    received = shape.tokens * (traffic(shape.workload(fp8=True)).ranks if shape.expert > 1 else 1.0)
+    received = shape.tokens * (balanced_traffic(shape.workload(fp8=True), "node").ranks if shape.expert > 1 else 1.0)
     F, B, W = "experts", "experts_grad", "experts_grad_weights"
     size = 1 if shape.fp8 else 2
     for phase in (F, B):  # a row for every expert of a token; sums of a token's rows
@@ -207,13 +208,21 @@ def transfers(shape: LayerShape, machine: Machine, *, sms: int) -> Transfers:
         return Transfers(0.0, 0.0, 0.0, 0.0)
     share = LINK_SHARE * min(1.0, sms / DEEPEP_SMS)
     hardware = machine.hardware
-    links = Links(share * hardware.ib_bytes_per_second, share * hardware.nvlink_bytes_per_second)
-    out = seconds(shape.workload(fp8=shape.dispatch_fp8), links, way=shape.way)
-    back = seconds(shape.workload(fp8=shape.dispatch_grad_fp8), links, way=shape.way)
-    out_factor, back_factor = machine.calibration.factor("dispatch"), machine.calibration.factor("combine")
-    return Transfers(
-        out.dispatch * out_factor, out.combine * back_factor, back.dispatch * out_factor, out.combine * back_factor
+    ib, nvlink = share * hardware.ib_bytes_per_second, share * hardware.nvlink_bytes_per_second
+    out = balanced_traffic(shape.workload(fp8=shape.dispatch_fp8), shape.way)
+    grads = balanced_traffic(shape.workload(fp8=shape.dispatch_grad_fp8), shape.way)
+    factor = machine.calibration.factor
+    dispatch, grads_out = (
+        factor("dispatch") * max(t.dispatch_ib_bytes / ib, t.dispatch_nvlink_bytes / nvlink) for t in (out, grads)
     )
+    combine = factor("combine") * max(out.combine_ib_bytes / ib, out.combine_nvlink_bytes / nvlink)
+    return Transfers(dispatch, combine, grads_out, combine)
+
+
+@lru_cache(maxsize=256)
+def balanced_traffic(workload: Workload, way: str) -> Traffic:
+    """`parallel.expert.cost.traffic`, whose integrals take a while, once for each question."""
+    return traffic(workload, way=way)
 
 
 DEEPEP_SMS, ALL_TO_ALL_SMS = 24, 20

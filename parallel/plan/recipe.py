@@ -93,17 +93,17 @@ def has_ramp(job: Job) -> bool:
 
 
 def _ramp_seconds(plan: Plan) -> float:
-    """The step is simulated at the first, the middle and the last batch, and taken to be straight between them."""
+    """The step is simulated at the first batch, at two micro-batches a rank and at the last; straight between them."""
     job = plan.job
     samples = job.micro_batch_size * job.parallel.data
-    middle = (RAMP_FROM + job.global_batch_size) // 2 // samples * samples
-    batches = [RAMP_FROM, middle, job.global_batch_size]
-    known = [step_seconds(replace(job, global_batch_size=batch), plan) for batch in batches[:2]]
+    full = 2 * job.parallel.pipeline * samples
+    batches = sorted({RAMP_FROM, *([full] if RAMP_FROM < full < job.global_batch_size else []), job.global_batch_size})
+    known = [step_seconds(replace(job, global_batch_size=batch), plan) for batch in batches[:-1]]
     times = [*known, plan.step_seconds]
     total = 0.0
     for i in range(RAMP_STEPS):
         batch = RAMP_FROM + (job.global_batch_size - RAMP_FROM) * (i + 0.5) / RAMP_STEPS
-        at = min(bisect(batches, batch), 2) - 1
+        at = min(bisect(batches, batch), len(batches) - 1) - 1
         share = (batch - batches[at]) / (batches[at + 1] - batches[at])
         seconds = times[at] + share * (times[at + 1] - times[at])
         total += RAMP_TOKENS / RAMP_STEPS / (batch * job.sequence_length) * seconds

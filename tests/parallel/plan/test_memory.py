@@ -1,0 +1,76 @@
+import math
+
+import pytest
+
+from model.counts import counts
+from parallel.plan.memory import holdings, memory_of, stages_of
+from tests.parallel.plan.jobs import V3, small, v3
+
+
+def parts(job):
+    schedule = job.schedule()
+    stages = job.stages(schedule)
+    return schedule, stages
+
+
+@pytest.mark.parametrize("job", [v3(), small()], ids=["v3", "small"])
+def test_holdings_add_up_to_the_model(job):
+    """Every weight once, times its holders, times the expert positions."""
+    schedule, stages = parts(job)
+    held = holdings(job.model, job.parallel, schedule, stages)
+    data, expert = job.parallel.data, job.parallel.expert
+    total = sum(
+        h.parameters * data / h.group  # `data` ranks hold it, `group` hold the same
+        for rank in held
+        for h in rank
+    )
+    numbers = counts(job.model)
+    biases = job.model.n_routed_experts * job.model.num_nextn_predict_layers
+    assert total == pytest.approx(numbers.main + numbers.mtp - biases)
+    groups = {h.group for rank in held for h in rank if h.expert}
+    assert groups == {data * schedule_copies(schedule) // expert}
+
+
+def schedule_copies(schedule):
+    return len(schedule.holders(1))
+
+
+def test_embedding_is_on_both_ends_with_mtp():
+    stages = (range(0, 30), range(30, 61))
+    assert stages_of("embed_tokens.weight", stages, has_mtp=True) == (0, 1)
+    assert stages_of("embed_tokens.weight", stages, has_mtp=False) == (0,)
+    assert stages_of("layers.30.norm.weight", stages, has_mtp=True) == (1,)
+    assert stages_of("mtp.0.norm.weight", stages, has_mtp=True) == (1,)
+
+
+def test_kinds_of_the_published_run():
+    job = v3()
+    schedule, stages = parts(job)
+    ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
+    middle, held = ranks[5], holdings(V3, job.parallel, schedule, stages)[5]
+    number = sum(h.parameters for h in held)
+    assert middle.weights == 3 * number
+    assert middle.gradients == pytest.approx(4 * number + 4 * sum(h.parameters / h.group for h in held), rel=1e-6)
+    assert middle.masters == pytest.approx(4 * sum(h.parameters / h.group for h in held), rel=1e-6)
+    assert middle.moments == pytest.approx(middle.masters)
+    assert max(rank.total for rank in ranks) < job.hardware.memory_bytes
+
+
+def test_activations_follow_the_schedule():
+    """GPipe holds all micro-batches, 1F1B as many as ranks ahead."""
+    found = {}
+    for name in ("gpipe", "1f1b"):
+        job = small().with_parallel(schedule=name)
+        schedule, stages = parts(job)
+        ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
+        found[name] = ranks[0].activations
+    assert found["gpipe"] / found["1f1b"] == pytest.approx(small().num_microbatches / 2)
+
+
+def test_zero1_shards_shrink_with_the_group():
+    one, two = small(), small(global_batch_size=256).with_parallel(data=32)
+    masters = []
+    for job in (one, two):
+        schedule, stages = parts(job)
+        masters.append(memory_of(job.shape(), job.parallel, schedule, stages, precision="bf16")[0].masters)
+    assert math.isclose(masters[0], 2 * masters[1], rel_tol=1e-4)

@@ -1,0 +1,73 @@
+from dataclasses import fields, replace
+
+import pytest
+
+from parallel.pipeline.simulate_phases import simulate_phases
+from parallel.plan.advice import bound_by, changes, estimate
+from parallel.plan.recipe import hours
+from parallel.plan.step import plan
+from tests.parallel.plan.jobs import small, v3
+
+
+def test_the_parts_add_up_to_the_step():
+    found = plan(small())
+    rows = found.split.rows()
+    assert sum(rows.values()) == pytest.approx(found.step_seconds)
+    pipeline = found.step_seconds - rows["optimizer"] - rows["exposed_communication"]
+    assert pipeline == pytest.approx(found.timeline.makespan)
+
+
+def test_bare_chunks_take_longer_than_overlapped_ones():
+    job = small().with_parallel(schedule="dualpipe", overlap="all")
+    assert plan(replace(job, bare=True)).step_seconds > plan(replace(job, bare=False)).step_seconds
+
+
+def test_all_to_all_in_series_equals_the_sum_of_the_phases():
+    """One rank without pairs: the pipeline takes what its phases take, one after the other."""
+    job = replace(small(), bare=True).with_parallel(pipeline=1, overlap="off")
+    found = plan(job)
+    chain = found.costs.alone[0]
+    one = chain.end.forward + chain.end.grad + chain.end.weights
+    one += sum(getattr(link, field.name) for link in chain.links for field in fields(link))
+    assert found.timeline.makespan == pytest.approx(job.num_microbatches * one)
+
+
+def test_mfu_is_flops_over_peak():
+    found = plan(small())
+    per_second = found.tokens_per_second_per_gpu * found.flops_per_token.causal
+    assert found.mfu_causal == pytest.approx(per_second / 989.4e12)
+    assert found.mfu_full > found.mfu_causal
+
+
+def test_published_run_as_predicted():
+    """The step that the README states; published is 19.926 s."""
+    found = plan(v3())
+    assert found.fits and 16 < found.step_seconds < 21
+    assert simulate_phases(found.schedule, found.costs, level="pairs").makespan == found.timeline.makespan
+
+
+def test_drawing_out_a_long_step_equals_simulating_it():
+    job = v3()
+    seconds, fits = estimate(job)
+    whole = plan(job)
+    assert seconds == pytest.approx(whole.step_seconds, rel=0.002) and fits == whole.fits
+
+
+def test_what_does_not_fit_is_bound_by_memory_and_told_what_would():
+    tiny_gpu = replace(small().hardware, memory_bytes=20e9)
+    found = plan(small(hardware=tiny_gpu, precision="bf16"))
+    assert bound_by(found) == "memory"
+    assert all(change.step_seconds > 0 for change in changes(found))
+
+
+def test_a_slower_network_makes_it_bound_by_the_all_to_all():
+    slow = replace(small().hardware, ib_bytes_per_second=5e9, nvlink_bytes_per_second=5e9, memory_bytes=1e12)
+    assert bound_by(plan(small(hardware=slow))) == "all_to_all"
+
+
+def test_hours_of_a_constant_batch():
+    job = small(tokens=1e10)
+    found, cost = plan(job), hours(plan(job), price_per_hour=3.0)
+    expected = 1e10 / job.tokens_per_step * found.step_seconds * job.num_gpus / 3600
+    assert cost.total == pytest.approx(expected) and cost.dollars == pytest.approx(3 * expected)
+    assert cost.ramp == 0 and cost.extensions == ()
