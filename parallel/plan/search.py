@@ -1,0 +1,212 @@
+"""Legal layouts of a run on its GPUs, ranked by speed under the memory limit; and why the others are none. No torch.
+
+Every layout is first weighed by its slowest rank and the schedule's formula for the bubble; the best of those that fit
+are then simulated, and ranked by that.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from parallel.pipeline.actions import Schedule
+from parallel.pipeline.schedules import ScheduleError, build
+from parallel.pipeline.split import SplitError
+from parallel.plan.advice import estimate
+from parallel.plan.cost import Chain, price
+from parallel.plan.feasible import problems
+from parallel.plan.job import Job
+from parallel.plan.memory import memory_of
+
+SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
+MICRO_BATCHES = (1, 2, 4)
+RECOMPUTE = ("none", "attend", "layer")
+SIMULATED = 8
+MOST_GPUS = 1 << 15  # where the search for a count that can ends
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits. weighed: seconds of a step by formula; step_seconds: simulated, None where not."""
+
+    job: Job
+    memory_bytes: float
+    weighed: float
+    step_seconds: float | None = None
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Simulated where it was, else weighed."""
+        return self.job.tokens_per_step / (self.step_seconds or self.weighed) / self.job.num_gpus
+
+    def words(self) -> str:
+        """The overrides that make it."""
+        p = self.job.parallel
+        return (
+            f"parallel.pipeline={p.pipeline} parallel.data={p.data} parallel.expert={p.expert} "
+            f"parallel.schedule={p.schedule} parallel.recompute={p.recompute} "
+            f"train.micro_batch_size={self.job.micro_batch_size}"
+        )
+
+
+@dataclass
+class Rejections:
+    """How many layouts were none, by class of reason, with the first of each in full."""
+
+    number: dict[str, int] = field(default_factory=dict)
+    example: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str) -> None:
+        """Count one."""
+        self.number[kind] = self.number.get(kind, 0) + 1
+        self.example.setdefault(kind, example)
+
+
+@dataclass(frozen=True)
+class Found:
+    """candidates: the fastest first. smallest_gpus: where none fits, the smallest count of GPUs on which one does."""
+
+    candidates: tuple[Candidate, ...]
+    rejections: Rejections
+    looked_at: int
+    smallest_gpus: int | None = None
+
+
+def search(job: Job, *, simulated: int = SIMULATED) -> Found:
+    """Layouts of the job's model, batch, precision and GPUs; its own layout is one of those looked at."""
+    rejections = Rejections()
+    fitting, looked_at = _weigh(job, rejections)
+    best = sorted(fitting, key=lambda c: c.weighed)
+    timed = [replace(c, step_seconds=estimate(c.job)[0]) for c in best[:simulated]]
+    ranked = (*sorted(timed, key=lambda c: c.step_seconds or 0.0), *best[simulated:])
+    smallest = None if ranked else _smallest(job)
+    return Found(ranked, rejections, looked_at, smallest)
+
+
+def _weigh(job: Job, rejections: Rejections) -> tuple[list[Candidate], int]:
+    fitting: list[Candidate] = []
+    looked_at = 0
+    for layout in layouts(job):
+        looked_at += 1
+        p = layout.parallel
+        what = f"pipeline {p.pipeline}, expert {p.expert}, {p.schedule}, micro-batch {layout.micro_batch_size}"
+        reason = _illegal(layout)
+        if reason is not None:
+            rejections.add(reason[0], f"{what}: {reason[1]}")
+            continue
+        try:
+            fitting += _fitting(layout, what, rejections)
+        except (ScheduleError, SplitError) as error:
+            rejections.add("schedule", f"{what}: {error}")
+    return fitting, looked_at
+
+
+def layouts(job: Job) -> Iterator[Job]:
+    """Every combination of axes, schedule and micro-batch, legal or not; recomputation is chosen by what fits."""
+    gpus = job.num_gpus
+    for pipeline in _divisors(gpus):
+        if pipeline > 4 * job.model.num_hidden_layers:
+            continue
+        data = gpus // pipeline
+        for expert in _divisors(data):
+            for schedule in SCHEDULES if pipeline > 1 else SCHEDULES[:1]:
+                for micro in MICRO_BATCHES:
+                    changed = job.with_parallel(
+                        pipeline=pipeline, data=data, expert=expert, schedule=schedule, stages_per_rank=None,
+                        layers_per_stage=None,
+                    )  # fmt: skip
+                    yield replace(changed, micro_batch_size=micro)
+
+
+def _illegal(job: Job) -> tuple[str, str] | None:
+    """Class and sentence of the first thing that is wrong without looking at memory."""
+    parallel, model = job.parallel, job.model
+    stages = parallel.pipeline * (2 if parallel.schedule in ("zbv", "dualpipev") else 1)
+    if stages > model.num_hidden_layers:
+        return "more stages than layers", f"{stages} stages for {model.num_hidden_layers} layers"
+    if model.n_routed_experts % parallel.expert:
+        return "experts do not divide", f"{model.n_routed_experts} experts over {parallel.expert} ranks"
+    samples = job.micro_batch_size * parallel.data
+    if job.global_batch_size % samples:
+        return "batch does not divide", f"{job.global_batch_size} sequences over {samples}"
+    size = job.hardware.gpus_per_node
+    if parallel.expert > size and parallel.expert % size:
+        return "expert group cuts a node", f"{parallel.expert} ranks on nodes of {size}"
+    found = problems(job)
+    if not found:
+        return None
+    kind = "one layer does not fit" if any("one layer takes" in text for text in found) else "cluster or gate"
+    return kind, found[0]
+
+
+def _fitting(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
+    """The job with the least recomputation that fits."""
+    schedule = short_schedule(job)
+    stages = job.stages(schedule)
+    least = 0.0
+    for level in RECOMPUTE:
+        other = job.with_parallel(recompute=level)
+        memory = memory_of(
+            other.shape(), other.parallel, schedule, stages,
+            precision=job.precision, moments_bytes=job.moments_bytes,
+        )  # fmt: skip
+        least = max(rank.total for rank in memory)
+        if least <= job.hardware.memory_bytes:
+            yield Candidate(other, least, weigh(other, schedule, stages))
+            return
+    limit = job.hardware.memory_bytes / 2**30
+    rejections.add("memory", f"{what}: {least / 2**30:.0f} GiB with everything recomputed, {limit:.0f} there")
+
+
+def short_schedule(job: Job) -> Schedule:
+    """With as many micro-batches as its memory needs to reach its peak."""
+    parallel = job.parallel
+    number = min(job.num_microbatches, 2 * parallel.pipeline + 2)
+    return build(parallel.schedule, num_ranks=parallel.pipeline, num_microbatches=number)
+
+
+def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
+    """Seconds of a step by formula: the slowest rank's work, and the bubble of the mean stage."""
+    costs = price(schedule, stages, job.shape(), job.hardware, job.calibration, bare=job.bare)
+    pairs = job.parallel.schedule in ("dualpipe", "dualpipev") and job.parallel.overlap != "off"
+    works = [_work(chain) for chain in costs.paired]
+    each = [max(compute, moved) if pairs else compute + moved for compute, moved, _ in works]
+    copies = len(schedule.placement)
+    ranks = [sum(each[stage] for stage in schedule.stages_of(rank)) / copies for rank in range(schedule.num_ranks)]
+    mean = sum(ranks) / len(ranks)
+    weights = sum(weight for _, _, weight in works) / len(ranks)
+    last = job.parallel.pipeline - 1
+    idle = {
+        "1f1b": last * mean,
+        "zbv": last * max(0.0, mean / 3 - weights) / 2,
+        "dualpipev": last * (5 / 3 * mean - 3 * weights) / 2,
+        "dualpipe": (last - 1) / 2 * (5 / 3 * mean - 3 * weights),
+    }[job.parallel.schedule]
+    return job.num_microbatches * max(ranks) + max(0.0, idle)
+
+
+def _work(chain: Chain) -> tuple[float, float, float]:
+    """Computation, transfers and weight gradients of a stage's chunk, forward and backward."""
+    moved = sum(x.dispatch + x.combine + x.dispatch_grad + x.combine_grad for x in chain.links)
+    weights = chain.end.weights + sum(x.attend_weights + x.shared_weights + x.experts_weights for x in chain.links)
+    forward = sum(x.attend + x.shared + x.experts for x in chain.links)
+    back = sum(x.attend_grad + x.shared_grad + x.experts_grad for x in chain.links)
+    return forward + back + weights + chain.end.forward + chain.end.grad, moved, weights
+
+
+def _smallest(job: Job) -> int | None:
+    """GPUs, in doublings of whole nodes, on which some layout fits; the batch grows where it has to."""
+    gpus = job.hardware.gpus_per_node
+    while gpus <= job.num_gpus:
+        gpus *= 2
+    while gpus <= MOST_GPUS:
+        larger = replace(
+            job.with_parallel(pipeline=1, data=gpus, expert=1),
+            global_batch_size=max(job.global_batch_size, gpus),
+        )
+        if _weigh(larger, Rejections())[0]:
+            return gpus
+        gpus *= 2
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
