@@ -54,7 +54,7 @@ def build(folder: Path | None = None) -> Path:
         ) from None
     except OSError as error:
         raise MissingCompiler(
-            f"the native FP8 kernels need g++ and a writable {folder} ({error}); kernels=torch needs neither"
+            f"the native FP8 kernels need g++ and a writable {folder} ({error}); fp8.native=false needs neither"
         ) from None
     return library
 

@@ -27,7 +27,7 @@ def test_processes_race_for_one_library(tmp_path: Path) -> None:
 
 def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(native.MissingCompiler, match=r"need g\+\+.*kernels=torch"):
+    with pytest.raises(native.MissingCompiler, match=r"need g\+\+.*fp8\.native=false"):
         native.build(tmp_path / "cache")
 
 
