@@ -48,6 +48,7 @@ MINIMUM = {
     "train.batch_multiple": 0,
     "train.checkpoint_every": 0,
     "train.keep_every": 0,
+    "train.max_epochs": 0,
     "train.spike_window": 8,
     "train.silent_rank_seconds": 3,
     "train.stuck_seconds": 3,

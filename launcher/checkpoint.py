@@ -6,7 +6,7 @@ takes the stretches it needs, and nothing has to hold the whole model.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,11 @@ class Snapshot:
     manifest: dict[str, Any]
 
     @staticmethod
-    def take(run: Run, buffers: dict[str, Tensor] | None = None) -> "Snapshot":
+    def take(
+        run: Run, buffers: dict[str, Tensor] | None = None, *, extra: Mapping[str, Any] | None = None
+    ) -> "Snapshot":
         """The state after `run.progress.step` steps. buffers: host memory to copy to, by key, filled in if empty;
-        None: the tensors themselves, for a caller that waits.
+        None: the tensors themselves, for a caller that waits. extra: more for the manifest.
         """
         tensors = dict(rank_tensors(run))
         if buffers is not None:
@@ -111,6 +113,7 @@ class Snapshot:
             "layout": asdict(run.config.parallel),
             "config": to_dict(run.config),
             "identity": identity(run.config),
+            **(extra or {}),
         }
         return Snapshot(run.progress.step, run.process.rank, tensors, manifest)
 

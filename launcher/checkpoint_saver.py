@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -45,8 +46,9 @@ class Saved:
 class Saver:
     """Saves one run; every method is called by all ranks together.
 
-    asynchronous: whether `start` returns after the copy. lock: the run's, on rank 0, asked before every commit.
-    say: told what rank 0 finds worth telling. on_phase: told the name of each phase as it begins, from the main thread.
+    asynchronous: whether `start` returns after the copy. lock: the run's, on rank 0, asked before every commit. extra:
+    more for the manifest, asked when the state is copied. say: told what rank 0 finds worth telling. on_phase: told the
+    name of each phase as it begins, from the main thread.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Saver:
         *,
         asynchronous: bool,
         lock: RunLock | None = None,
+        extra: Callable[[], dict[str, Any]] = dict,
         say: Callable[[str], None] = lambda text: None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self._run, self._asynchronous, self._lock, self._say, self._on_phase = run, asynchronous, lock, say, on_phase
+        self._run, self._asynchronous, self._lock = run, asynchronous, lock
+        self._extra, self._say, self._on_phase = extra, say, on_phase
         self._buffers: dict[str, Tensor] | None = {} if asynchronous else None
         self._root = checkpoints_dir(run.config)
         self._snapshot: Snapshot | None = None
@@ -93,7 +97,7 @@ class Saver:
             self.finish()
 
     def _take(self) -> None:
-        self._snapshot = Snapshot.take(self._run, self._buffers)
+        self._snapshot = Snapshot.take(self._run, self._buffers, extra=self._extra())
 
     @property
     def busy(self) -> bool:

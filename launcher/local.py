@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.recorder import read, recorder_path
+from launcher.watchdog import report_path
 
 USER_ERROR, REQUEUE, INTERRUPTED = 2, 75, 130  # exit codes of a rank that are handed on as they are
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HANG_SECONDS = 5.0  # from the watchdog's report: long enough for every rank to see it and dump its stacks
 GRACE_SECONDS = 1.0  # from the first failure: long enough to see the others' exits, which may hold the true cause
 TERMINATE_SECONDS = 3.0  # from SIGTERM to SIGKILL
 REAP_SECONDS = 5.0  # from SIGKILL to giving up on a process that the kernel does not release
@@ -63,6 +65,10 @@ class _Group:
     log_starts: dict[int, int] = field(default_factory=dict)  # bytes already in a rank's log before this run
     exits: list[Exit] = field(default_factory=list)  # in the order in which they came
     last_actions: dict[int, str] = field(default_factory=dict)  # of the ranks that ended, as it was at that moment
+
+    @property
+    def run_dir(self) -> Path:
+        return self.ranks_dir.parent
 
     def log_path(self, rank: int) -> Path:
         return self.ranks_dir / f"rank{rank}.log"
@@ -107,7 +113,7 @@ class _Group:
         if isinstance(event, Exit):
             self.running.pop(event.rank, None)
             self.exits.append(event)
-            self.last_actions[event.rank] = _last_action(recorder_path(self.ranks_dir.parent, event.rank))
+            self.last_actions[event.rank] = _last_action(recorder_path(self.run_dir, event.rank))
         return event
 
     def send(self, signum: int) -> None:
@@ -154,6 +160,7 @@ def run_local(
     ranks_dir.mkdir(parents=True, exist_ok=True)
     for stale in ranks_dir.glob("rank*.last"):
         stale.unlink(missing_ok=True)  # an earlier run's last action must not be taken for this one's
+    report_path(run_dir).unlink(missing_ok=True)
     group = _Group(ranks_dir=ranks_dir, events=queue.SimpleQueue())
     command = list(command) if command is not None else [sys.executable, "-m", "launcher", *argv]
     port = free_port()
@@ -225,6 +232,8 @@ def _supervise(group: _Group, world_size: int, stop_seconds: float) -> int:
             sent.append(event)
             group.send(event)
             deadline = min(deadline, time.monotonic() + stop_seconds)
+        elif event.code == REQUEUE and report_path(group.run_dir).exists():
+            deadline = min(deadline, time.monotonic() + HANG_SECONDS)
         elif event.code in (REQUEUE, INTERRUPTED):  # orderly; the others are about to do the same
             deadline = min(deadline, time.monotonic() + stop_seconds)
         elif event.code != 0:
@@ -233,6 +242,9 @@ def _supervise(group: _Group, world_size: int, stop_seconds: float) -> int:
     group.stop()
     if impatient:
         return _say("interrupted twice: the ranks were stopped.", INTERRUPTED)
+    if report_path(group.run_dir).exists():
+        report = report_path(group.run_dir).read_text().strip()
+        return _say(f"{report}. The ranks were stopped; start again to go on.", REQUEUE)
     by_request = [-event.code for event in seen if -event.code in sent]
     if by_request:
         return _say(f"stopped by {_signal_name(by_request[0])}.", 128 + by_request[0])

@@ -2,7 +2,8 @@
 
 A rank calls `note` before every pipeline action. When it dies, even by SIGKILL, the pages stay with the kernel, so
 whoever started it can say where it was. Two slots are written in turn, each with a checksum: a write cut in half
-spoils one slot and the one before it is still good.
+spoils one slot and the one before it is still good. Behind the slots stand host, process number and a count that a
+living process raises every second (launcher/watchdog.py), so that other nodes can tell a dead rank from a busy one.
 """
 
 import mmap
@@ -13,10 +14,12 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_BYTES = 256
-SLOT_BYTES = FILE_BYTES // 2
+SLOT_BYTES = 128
+LIFE_OFFSET = 2 * SLOT_BYTES
+FILE_BYTES = LIFE_OFFSET + 128
 _CHECKSUM = struct.Struct("<I")
 _HEAD = struct.Struct("<QdqIH")  # sequence, wall time, step, pid, bytes of the action; the action follows
+_LIFE = struct.Struct("<QIH")  # beats, pid, bytes of the host's name; the name follows
 _ACTION_BYTES = SLOT_BYTES - _CHECKSUM.size - _HEAD.size
 
 
@@ -28,6 +31,15 @@ class Entry:
     step: int
     action: str
     seconds_since: float  # between the note and this reading
+
+
+@dataclass(frozen=True)
+class Life:
+    """Signs of life of a rank: a count that grows while the process lives, and where that process is."""
+
+    beats: int
+    pid: int
+    host: str
 
 
 def recorder_path(run_dir: Path | str, rank: int) -> Path:
@@ -47,11 +59,33 @@ class Recorder:
         with open(path, "w+b") as file:
             file.truncate(FILE_BYTES)
             self._map = mmap.mmap(file.fileno(), FILE_BYTES)
+        self._path = path
         self._pid = os.getpid()
         self._sequence = 0
+        self.step = 0  # of the latest note
+        host = os.uname().nodename.encode()[: FILE_BYTES - LIFE_OFFSET - _LIFE.size]
+        self._map[LIFE_OFFSET:FILE_BYTES] = (_LIFE.pack(0, self._pid, len(host)) + host).ljust(
+            FILE_BYTES - LIFE_OFFSET, b"\0"
+        )
+        self._beats = 0
+
+    @property
+    def notes(self) -> int:
+        """How many notes have been made."""
+        return self._sequence
+
+    def beat(self) -> None:
+        """Raise the count. Opened and closed anew: on NFS that is what shows other nodes this write and the notes."""
+        self._beats += 1
+        descriptor = os.open(self._path, os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, self._beats.to_bytes(8, "little"), LIFE_OFFSET)
+        finally:
+            os.close(descriptor)
 
     def note(self, step: int, action: str) -> None:
         """Record that `action` of `step` begins now; an action longer than about 90 bytes of UTF-8 is cut."""
+        self.step = step
         self._sequence += 1
         text = action.encode("utf-8", "replace")[:_ACTION_BYTES]
         body = _HEAD.pack(self._sequence, time.time(), step, self._pid, len(text)) + text
@@ -74,6 +108,17 @@ def _read_slot(slot: bytes) -> tuple[int, float, int, int, str] | None:
         return None
     text = slot[_CHECKSUM.size + _HEAD.size : end].decode("utf-8", "ignore")
     return sequence, when, step, pid, text
+
+
+def read_life(path: Path | str) -> Life | None:
+    """The signs of life in `path`; None where there are none yet."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(FILE_BYTES)[LIFE_OFFSET:]
+        beats, pid, length = _LIFE.unpack_from(data)
+    except (OSError, struct.error):
+        return None
+    return Life(beats, pid, data[_LIFE.size : _LIFE.size + length].decode("utf-8", "replace")) if beats else None
 
 
 def read(path: Path | str) -> Entry | None:

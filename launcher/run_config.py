@@ -33,6 +33,7 @@ class TrainConfig:
     spike_loss: float = 1.0  # nats above the median of the last spike_window steps that make a spike
     spike_grad_norm: float = 20.0  # times their median norm that make a spike
     spike_window: int = 100  # steps
+    max_epochs: int = 0  # passes over a source after which the run saves and ends; 0: no limit
     silent_rank_seconds: int = 12  # without a sign of life from a rank until the others end the run
     stuck_seconds: int = 300  # without an action in a step until the run is ended
     expert_counts_every: int = 0  # steps between rows of every expert's tokens in the event log; 0: never

@@ -1,6 +1,7 @@
 """One training step of one rank, from micro-batches to updated weights and router biases."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher import fp8_samples
+from launcher.agreement import messages
 from launcher.build import Run
 from model.fp8.linear import weights_changed
 from model.fp8.watch import TensorStats
@@ -58,8 +60,11 @@ def microbatch(run: Run, number: int) -> Microbatch:
     return Microbatch(torch.from_numpy(windows).to(run.process.device), share, mtp_lambda)
 
 
-def train_step(run: Run) -> StepResult:
-    """Forward and backward of the global batch, reduction, clip, update; `run.progress` moves on by one step."""
+def train_step(run: Run, judge: Callable[[float, float], bool] = lambda loss, norm: True) -> StepResult:
+    """Forward and backward of the global batch, reduction, clip, update; `run.progress` moves on by one step.
+
+    judge: given the global loss and gradient norm, whether weights and router biases are to be updated with them.
+    """
     optim, progress = run.config.optim, run.progress
     planned = run.plan.at(progress.tokens)
     lr = value_at(optim.lr, progress.tokens + planned.tokens)  # so that the first step of a warm-up counts
@@ -74,15 +79,18 @@ def train_step(run: Run) -> StepResult:
         run.process.device,
     )
     _require_finite(run, main, norm)
-    run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
-    run.zero1.publish_weights()
-    for stage in run.model.stages.values():
-        weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions
+    updates = judge(main, norm)
+    if updates:
+        run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
+        run.zero1.publish_weights()
+        for stage in run.model.stages.values():
+            weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions
     run.zero1.zero_gradients()
     every = run.config.train.expert_counts_every
     counts = _count_experts(run)
     logged = _all_counts(run, counts) if every and (progress.step + 1) % every == 0 else None
-    loads, bias_range = _balance_experts(run, counts, value_at(optim.bias_update_speed, progress.tokens))
+    speed = value_at(optim.bias_update_speed, progress.tokens) if updates else 0.0
+    loads, bias_range = _balance_experts(run, counts, speed)
     progress.step += 1
     progress.tokens += planned.tokens
     progress.samples += planned.batch
@@ -112,19 +120,21 @@ def _reduce_losses(run: Run, losses: Mapping[int, StageLoss]) -> tuple[float, fl
 
 
 def _require_finite(run: Run, loss: float, norm: float) -> None:
-    """All ranks see the same loss and norm, so all stop together, each naming its own first bad gradient."""
-    if all(map(torch.isfinite, (torch.tensor(loss), torch.tensor(norm)))):
+    """All ranks see the same loss and norm, so all stop together, and each says which ranks found what."""
+    if math.isfinite(loss) and math.isfinite(norm):
         return
     bad = [
         name for name, p in run.model.parameters.items()
         if not torch.isfinite(p.weight.main_grad).all()  # type: ignore[attr-defined]
     ]  # fmt: skip
-    where = f"first parameter with a non-finite gradient here: {bad[0]}" if bad else "its own gradients are finite"
-    tensor = fp8_samples.first_non_finite(run)
-    where += f"; first non-finite tensor that FP8 read here: {tensor}" if tensor else ""
+    where = f"first parameter with a non-finite gradient {bad[0]}" if bad else ""
+    if tensor := fp8_samples.first_non_finite(run):
+        where = "; ".join([*filter(None, [where]), f"first non-finite tensor that FP8 read {tensor}"])
+    found = messages(run.groups.world, run.process.device, where)
+    listed = [f"rank {rank}: {text}" for rank, text in list(found.items())[:8]] or ["no gradient is, on any rank"]
     raise NonFiniteError(
-        f"step {run.progress.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. "
-        f"Rank {run.process.rank}: {where}"
+        f"step {run.progress.step + 1}: loss {loss}, gradient norm {norm}; nothing was updated. {'; '.join(listed)}"
+        + (f"; and {len(found) - 8} more ranks" if len(found) > 8 else "")
     )
 
 

@@ -1,5 +1,6 @@
 """Training: the loop, and what happens around a step. Runs in every rank."""
 
+import faulthandler
 import time
 from collections.abc import Iterable
 from dataclasses import astuple
@@ -9,57 +10,96 @@ import torch
 from rich.console import Console
 
 from launcher import measured
+from launcher.agreement import AgreedError
 from launcher.build import Run, build, plan_layout
-from launcher.checkpoint import checkpoints_dir, latest, load, save
+from launcher.checkpoint import checkpoints_dir
 from launcher.config import RunConfig, to_yaml
 from launcher.continuation import begin_with
 from launcher.display import Display
 from launcher.events import EventLog, StepEvent
 from launcher.recorder import Recorder, recorder_path
-from launcher.runtime import is_lost_peer, process_group
+from launcher.runtime import Process, is_lost_peer, process_group
+from launcher.safety import RollbackError, Safety
+from launcher.same_run import require_same
 from launcher.step import NonFiniteError, StepResult, train_step
+from launcher.watchdog import Watchdog
 from parallel.expert.native.failure import NativeError
 from parallel.expert.roll_call import ExpertError
 from parallel.pipeline.p2p import PipelineError
 
+STOPPING = (NonFiniteError, PipelineError, ExpertError, NativeError, AgreedError, RollbackError)
+
 
 def train(config: RunConfig) -> int:
-    """Train as configured, from the newest checkpoint of the run if there is one; the exit code."""
+    """Train as configured, from the newest checkpoint of the run if there is one that verifies; the exit code.
+
+    0: done. 75: stopped by a signal or by the watchdog, to be started again. 1: the reason is on stderr.
+    """
+    faulthandler.enable()  # where a library crashed
     with process_group(config.train) as process:
         recorder = Recorder(recorder_path(config.run_dir, process.rank))
-        step = 0
-        recorder.note(step, "building")
-        run = build(config, process, on_action=lambda action: recorder.note(step, action.describe()))
-        found = latest(checkpoints_dir(config))
-        if found is not None:
-            recorder.note(step, f"loading {found.name}")
-            load(run, found)
-        elif config.train.init_from:
-            recorder.note(step, f"beginning with {config.train.init_from}")
+        recorder.note(0, "comparing configurations")
+        require_same(config, process)
+        watchdog = Watchdog(
+            config.run_dir,
+            recorder,
+            rank=process.rank,
+            world_size=process.world_size,
+            silent_seconds=config.train.silent_rank_seconds,
+            stuck_seconds=config.train.stuck_seconds,
+        )
+        with watchdog:
+            try:
+                code = _train(config, process, recorder, watchdog)
+                recorder.note(config.train.steps, "finished")
+                return code
+            except STOPPING as error:
+                recorder.note(0, "failed")
+                return _failed(str(error))
+            except RuntimeError as error:
+                if not is_lost_peer(error):
+                    raise
+                where = recorder.step
+                recorder.note(where, "lost a peer")
+                suspects = watchdog.suspects()
+                reason = "; ".join(suspects) or str(error).splitlines()[0]
+                return _failed(f"rank {process.rank} lost a peer in step {where}: {reason}")
+
+
+def _train(config: RunConfig, process: Process, recorder: Recorder, watchdog: Watchdog) -> int:
+    step = 0
+
+    def act(what: str) -> None:
+        recorder.note(step, what)
+
+    act("building")
+    run = build(config, process, on_action=lambda action: act(action.describe()))
+    log = _Log(run)
+    with Safety(run, say=log.note, on_action=act) as safety:
+        if not safety.resume() and config.train.init_from:
+            act(f"beginning with {config.train.init_from}")
             begin_with(run, Path(config.train.init_from))
-        with _Log(run) as log:
-            while run.progress.step < config.train.steps:
+        code: int | None = None if run.progress.step < config.train.steps else 0
+        with log:
+            while code is None:
                 step, started = run.progress.step + 1, time.perf_counter()
                 try:
-                    result = train_step(run)
-                except (NonFiniteError, PipelineError, ExpertError, NativeError) as error:
-                    return log.failed(str(error))
-                except RuntimeError as error:
-                    if not is_lost_peer(error):
-                        raise
-                    return log.failed(f"rank {process.rank} lost a peer in step {step}: {str(error).splitlines()[0]}")
+                    with watchdog.step():
+                        result = train_step(run, safety.judge)
+                except NonFiniteError:  # on all ranks alike
+                    safety.finish_save()
+                    raise
                 log.step(result, time.perf_counter() - started)
                 _record_actions(run)
-                if _is_due(config, run.progress.step):
-                    recorder.note(step, "saving a checkpoint")
-                    log.saved(save(run).name)
-        recorder.note(step, "finished")
-    return 0
+                code = safety.after_step()
+                if run.progress.step < step:
+                    log.rewind()
+    return code
 
 
-def _is_due(config: RunConfig, step: int) -> bool:
-    every = config.train.checkpoint_every
-    return step == config.train.steps or (every > 0 and step % every == 0)
+def _failed(reason: str) -> int:
+    Console(stderr=True, soft_wrap=True).print(reason, markup=False)
+    return 1
 
 
 def _record_actions(run: Run) -> None:
@@ -140,13 +180,16 @@ class _Log:
         self._events.append(event)
         self._display.step(event)
 
-    def saved(self, name: str) -> None:
+    def note(self, text: str) -> None:
+        """A line among the steps."""
         if self._speaks:
-            self._display.note(f"saved {name}")
+            self._display.note(text)
 
-    def failed(self, reason: str) -> int:
-        Console(stderr=True, soft_wrap=True).print(reason, markup=False)
-        return 1
+    def rewind(self) -> None:
+        """Forget the events after the step that the run has gone back to."""
+        if self._speaks:
+            self._events.close()
+            self._events = EventLog(self._events.path, resume_step=self._run.progress.step)
 
     def __exit__(self, *exc: object) -> None:
         if self._speaks:
