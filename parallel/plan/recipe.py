@@ -97,7 +97,8 @@ def _ramp_seconds(plan: Plan) -> float:
     job = plan.job
     samples = job.micro_batch_size * job.parallel.data
     full = 2 * job.parallel.pipeline * samples
-    batches = sorted({RAMP_FROM, *([full] if RAMP_FROM < full < job.global_batch_size else []), job.global_batch_size})
+    between = [full] if RAMP_FROM < full < job.global_batch_size else []
+    batches: list[int] = [RAMP_FROM, *between, job.global_batch_size]
     known = [step_seconds(replace(job, global_batch_size=batch), plan) for batch in batches[:-1]]
     times = [*known, plan.step_seconds]
     total = 0.0

@@ -14,7 +14,8 @@ from parallel.plan.advice import estimate
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
 from parallel.plan.job import Job
-from parallel.plan.memory import memory_of
+from parallel.plan.memory import holdings, memory_of
+from parallel.plan.step import end_of_step
 
 SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
 MICRO_BATCHES = (1, 2, 4)
@@ -164,10 +165,10 @@ def short_schedule(job: Job) -> Schedule:
 
 
 def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
-    """Seconds of a step by formula: the slowest rank's work, and the bubble of the mean stage."""
+    """Seconds of a step by formula: the slowest rank's work, the bubble of the mean stage, and what follows."""
     costs = price(schedule, stages, job.shape(), job.hardware, job.calibration, bare=job.bare)
     pairs = job.parallel.schedule in ("dualpipe", "dualpipev") and job.parallel.overlap != "off"
-    works = [_work(chain) for chain in costs.paired]
+    works = [_work(chain) for chain in (costs.paired if pairs else costs.alone)]
     each = [max(compute, moved) if pairs else compute + moved for compute, moved, _ in works]
     copies = len(schedule.placement)
     ranks = [sum(each[stage] for stage in schedule.stages_of(rank)) / copies for rank in range(schedule.num_ranks)]
@@ -180,7 +181,9 @@ def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
         "dualpipev": last * (5 / 3 * mean - 3 * weights) / 2,
         "dualpipe": (last - 1) / 2 * (5 / 3 * mean - 3 * weights),
     }[job.parallel.schedule]
-    return job.num_microbatches * max(ranks) + max(0.0, idle)
+    ends = [end_of_step(job, held) for held in holdings(job.model, job.parallel, schedule, stages)]
+    after = max(end.update + end.communication for end in ends)
+    return job.num_microbatches * max(ranks) + max(0.0, idle) + after
 
 
 def _work(chain: Chain) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ The trace is one overlapped pair: a forward and a backward of `layers` MoE layer
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def read_trace(path: Path, *, layers: int, local_experts: int) -> TraceSummary:
     kernels, device = _kernels(path)
     start = min(k["ts"] for k in kernels)
     end = max(k["ts"] + k["dur"] for k in kernels)
-    classes = dict.fromkeys((*CLASSES, "wait"), 0.0)
+    classes: dict[str, float] = {kind: 0.0 for kind in (*CLASSES, "wait")}
     streams: dict[bool, list[Any]] = {False: [], True: []}
     products = []
     for kernel in kernels:
@@ -95,13 +95,13 @@ def _kernels(path: Path) -> tuple[list[dict[str, Any]], str]:
 
 def _split_products(
     products: Sequence[dict[str, Any]], *, layers: int, local_experts: int
-) -> Iterator[tuple[str, Any]] | dict[str, list[Any]]:
+) -> dict[str, list[dict[str, Any]]]:
     """FP8 products into linear ones and the experts' weight gradients.
 
     Weight gradients have kernels of their own (`acc`). Of a layer's, the experts' are 2 * local_experts and take place
     between the shared expert's and the attention's; on the side stream there are no others.
     """
-    found: dict[str, list[Any]] = {"linear_gemm": [], "grouped_gemm": []}
+    found: dict[str, list[dict[str, Any]]] = {"linear_gemm": [], "grouped_gemm": []}
     weights = [p for p in sorted(products, key=lambda p: p["ts"]) if "_acc" in p["name"]]
     found["linear_gemm"] += [p for p in products if "_acc" not in p["name"]]
     per_layer = len(weights) // layers if layers else 0

@@ -32,15 +32,15 @@ def test_axes_multiply_to_the_gpus():
 
 
 def test_too_small_a_cluster_gets_the_smallest_that_can():
-    job = small(hardware=replace(small().hardware, memory_bytes=20e9)).with_parallel(data=4, pipeline=2, expert=4)
+    job = small(hardware=replace(small().hardware, memory_bytes=40e9)).with_parallel(data=4, pipeline=2, expert=4)
     none = search(job, simulated=1)
     assert none.candidates == () and none.smallest_gpus is not None
     assert none.smallest_gpus > job.num_gpus
 
 
 def test_weighing_follows_the_simulation():
-    """Within a third, which is what choosing the ones to simulate needs."""
-    for name in ("1f1b", "dualpipe"):
+    """Within a fifth, which is what choosing the ones to simulate needs."""
+    for name in ("1f1b", "zbv", "dualpipev", "dualpipe"):
         job = small().with_parallel(schedule=name)
         schedule = short_schedule(job)
-        assert weigh(job, schedule, job.stages(schedule)) == pytest.approx(plan(job).step_seconds, rel=0.34)
+        assert weigh(job, schedule, job.stages(schedule)) == pytest.approx(plan(job).step_seconds, rel=0.2)
