@@ -14,6 +14,8 @@ from launcher.runtime import Process
 from launcher.step_plan import StepPlan
 from model.fp8.apply import apply_fp8
 from optim.adamw import AdamW
+from optim.ema import EMA
+from optim.fused import ADAMW
 from optim.schedule import value_at
 from parallel.apply import Layout, LocalModel, build_local_model
 from parallel.mesh import Groups, Mesh
@@ -78,6 +80,7 @@ class Run:
     loader: Batches
     progress: Progress
     plan: StepPlan
+    ema: EMA | None = None
 
     @property
     def executor(self) -> Executor:
@@ -117,7 +120,7 @@ def build(
     if config.train.precision == "fp8":
         for stage in model.stages.values():
             apply_fp8(stage, config.fp8, device=process.device)
-    optimizer = AdamW(
+    optimizer = ADAMW[config.optim.adamw](
         [bucket.master for bucket in zero1.buckets],
         [bucket.grad for bucket in zero1.buckets],
         [bucket.decay for bucket in zero1.buckets],
@@ -134,7 +137,11 @@ def build(
 
     executors = Executors(executor, config.num_microbatches)
     batches, plan = loader or open_data(config), StepPlan(config)
-    return Run(config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan)
+    decay = config.optim.ema_decay
+    ema = EMA([bucket.master for bucket in zero1.buckets], decay=decay) if decay else None
+    return Run(
+        config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan, ema
+    )
 
 
 def open_data(config: RunConfig) -> Loader:

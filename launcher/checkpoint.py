@@ -60,6 +60,9 @@ def rank_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
             for kind in ("master", *OPTIMIZER_KINDS):
                 flat: Tensor = getattr(shard, kind)
                 yield f"{kind}/{piece.name}@{piece.offset}", flat[piece.start : piece.stop].detach()
+    for bucket, average in zip(run.zero1.buckets, run.ema.averages(), strict=True) if run.ema is not None else ():
+        for piece in bucket.pieces():
+            yield f"ema/{piece.name}@{piece.offset}", average[piece.start : piece.stop]
     for block, shared in run.model.routers.items():
         # A router is the same on all its holders: the first one writes it.
         if run.mesh.data_rank == 0 and run.mesh.pipeline_rank == shared.holders[0]:
@@ -229,12 +232,24 @@ def load(
             for kind in OPTIMIZER_KINDS:
                 if "optimizer_steps" in reader.manifest:
                     reader.read(kind, piece.name, getattr(shard, kind)[part], offset=piece.offset)
+    _read_ema(run, reader)
     for block, shared in run.model.routers.items():
         reader.read("router_bias", str(block), shared.router.e_score_correction_bias)
     run.optimizer.steps = reader.manifest.get("optimizer_steps", 0)
     for field in fields(Progress):
         setattr(run.progress, field.name, getattr(reader.progress, field.name))
     run.zero1.publish_weights()
+
+
+def _read_ema(run: Run, reader: Reader) -> None:
+    """The average of the weights, which begins with the weights where the checkpoint has none."""
+    if run.ema is None:
+        return
+    run.ema.restart()
+    for bucket, average in zip(run.zero1.buckets, run.ema.averages(), strict=True):
+        for piece in bucket.pieces():
+            if reader.has("ema", piece.name):
+                reader.read("ema", piece.name, average[piece.start : piece.stop], offset=piece.offset)
 
 
 def _as_json(config: RunConfig) -> Any:

@@ -42,23 +42,27 @@ def one_thread() -> Iterator[None]:
 
 @one_thread()
 def load_model(
-    checkpoint: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    checkpoint: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", ema: bool = False
 ) -> Transformer:
     """The whole model with the weights of a checkpoint (or the newest one of a run), ready to evaluate.
 
     dtype: of the weights; None: what the run trained in, with its FP8 products if it had any, computed by the oracle
     where Transformer Engine did. Needs memory for the model in FP32 and `dtype` together at
-    worst. Raises CheckpointError for a missing or damaged checkpoint.
+    worst. ema: the average of the weights in their place. Raises CheckpointError for a missing or damaged checkpoint,
+    InferenceError where it holds no average.
     """
     reader = Reader(find(checkpoint))
     precision, fp8 = reader.config.train.precision, reader.config.fp8
+    kind = "ema" if ema else "master"
     as_trained, dtype = dtype is None, dtype or DTYPES[precision]
     with torch.device(device):
         model = Transformer(reader.config.model)
     model.eval().requires_grad_(False)
     for name, weight in model.named_parameters():
+        if ema and not reader.has(kind, name):
+            raise InferenceError(f"{reader.path}: holds no average of the weights: train with optim.ema_decay=0.999")
         flat = torch.empty(weight.numel(), dtype=torch.float32)
-        reader.read("master", name, flat)
+        reader.read(kind, name, flat)
         weight.data = flat.view(weight.shape).to(device=weight.device, dtype=dtype)
     for block, router in model.routers().items():
         reader.read("router_bias", str(block), router.e_score_correction_bias)

@@ -21,7 +21,9 @@ class ScoreError(ValueError):
     user_error = True
 
 
-def score(*, checkpoint: Path, tokens: Path, logits: Path | None = None, as_json: bool = False) -> int:
+def score(
+    *, checkpoint: Path, tokens: Path, logits: Path | None = None, as_json: bool = False, ema: bool = False
+) -> int:
     """Print the mean loss of each sequence in nats per predicted token (S - 1 of them); the exit code.
 
     tokens: .npy of integer ids [num_sequences, S]. logits: file to write the logits to, .npy FP32
@@ -31,7 +33,7 @@ def score(*, checkpoint: Path, tokens: Path, logits: Path | None = None, as_json
     found = find(checkpoint)
     ids_NS = read_ids(tokens)
     check_ids(ids_NS, Reader(found, verify=False).config.model, tokens)
-    model = load_model(found, device=default_device())
+    model = load_model(found, device=default_device(), ema=ema)
     losses_N = score_ids(model, ids_NS, logits)
     num_sequences, sequence_length = ids_NS.shape
     mean = float(losses_N.mean())
@@ -42,6 +44,7 @@ def score(*, checkpoint: Path, tokens: Path, logits: Path | None = None, as_json
             "num_sequences": num_sequences,
             "sequence_length": sequence_length,
             "checkpoint": str(found),
+            "ema": ema,
         }
         print(json.dumps(result))
         return 0

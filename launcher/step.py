@@ -82,6 +82,8 @@ def train_step(run: Run, judge: Callable[[float, float], bool] = lambda loss, no
     updates = judge(main, norm)
     if updates:
         run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
+        if run.ema is not None:
+            run.ema.update()
         run.zero1.publish_weights()
         for stage in run.model.stages.values():
             weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions

@@ -67,7 +67,7 @@ def test_losses_and_logits_equal_a_direct_computation(
     assert np.abs(logits - expected.numpy()).max() < 2e-5
     losses = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     per_sequence = losses.view(len(ids), -1).double().mean(1)
-    assert scored.keys() == {"losses", "mean", "num_sequences", "sequence_length", "checkpoint"}
+    assert scored.keys() == {"losses", "mean", "num_sequences", "sequence_length", "checkpoint", "ema"}
     assert np.abs(np.array(scored["losses"]) - per_sequence.numpy()).max() < 2e-6
     assert abs(scored["mean"] - per_sequence.mean().item()) < 1e-6
     assert (scored["num_sequences"], scored["sequence_length"]) == ids.shape

@@ -13,6 +13,7 @@ from launcher.build import build, open_data
 from launcher.checkpoint import load, save
 from launcher.config import RunConfig, compose
 from launcher.continuation import begin_with
+from launcher.inference import InferenceError, load_model
 from launcher.runtime import process_group
 from launcher.step import train_step
 from model.config import RopeScaling
@@ -31,7 +32,7 @@ def growing(prefix: str, run_dir: str = "unused", **layout: Any) -> RunConfig:
     ramp = (Segment("constant", 8, 1), Segment("linear", 16, 200))
     data = replace(plain.data, sequence_length=16, phases=(DataPhase(8 * 16 + 12 * 16, 32),))
     train = replace(plain.train, global_batch_size=ramp, batch_multiple=4)
-    return replace(plain, train=train, data=data)
+    return replace(plain, train=train, data=data, optim=replace(plain.optim, ema_decay=0.5))
 
 
 def test_a_growing_batch_of_longer_sequences_equals_one_process(tmp_path: Path) -> None:
@@ -48,7 +49,8 @@ def test_a_growing_batch_of_longer_sequences_equals_one_process(tmp_path: Path) 
 def states(run: Any) -> list[torch.Tensor]:
     shards = [getattr(shard, kind) for shard in run.optimizer.shards for kind in ("master", "exp_avg", "exp_avg_sq")]
     biases = [shared.router.e_score_correction_bias for shared in run.model.routers.values()]
-    return [tensor.clone() for tensor in (*shards, *biases)]
+    averages = run.ema.averages() if run.ema else []
+    return [tensor.clone() for tensor in (*shards, *biases, *averages)]
 
 
 def stop_and_go(run_config: RunConfig) -> None:
@@ -72,6 +74,35 @@ def test_a_restart_at_any_point_of_the_ramp_changes_nothing(tmp_path: Path) -> N
     prefix = prepared(tmp_path / "data")
     layout = {"pipeline": 2, "expert": 1, "data": 1, "schedule": "dualpipe", "layers": (2, 2), "model": VOCAB}
     run_distributed(2, stop_and_go, growing(prefix, str(tmp_path / "run"), **layout))
+
+
+def averaged(run_config: RunConfig) -> None:
+    """In one rank: a model loaded with `ema` has the average that plain arithmetic gives."""
+    with process_group(run_config.train) as process:
+        run = build(run_config, process)
+        expected = [shard.master.double() for shard in run.optimizer.shards]
+        for _ in range(2):
+            train_step(run)
+            expected = [0.5 * old + 0.5 * s.master for old, s in zip(expected, run.optimizer.shards, strict=True)]
+        path = save(run)
+        averaged_model, model = (dict(load_model(path, ema=ema).named_parameters()) for ema in (True, False))
+        for bucket, flat in zip(run.zero1.buckets, expected, strict=True):
+            for piece in bucket.pieces():
+                wanted = flat[piece.start : piece.stop].float().view(piece.shape)
+                torch.testing.assert_close(averaged_model[piece.name].data, wanted, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(averaged_model["lm_head.weight"], model["lm_head.weight"])
+        none = replace(run_config.optim, ema_decay=0.0)
+        without = save(build(replace(run_config, run_dir=run_config.run_dir + "-none", optim=none), process))
+        with pytest.raises(InferenceError, match="holds no average of the weights: train with optim"):
+            load_model(without, ema=True)
+        load(run, without, same_run=False)  # an average begins where there was none
+        assert run.ema is not None
+        assert all(map(torch.equal, run.ema.averages(), (bucket.master for bucket in run.zero1.buckets)))
+
+
+def test_the_average_of_the_weights_is_kept_and_scored(tmp_path: Path) -> None:
+    layout: dict[str, Any] = {"pipeline": 1, "expert": 1, "data": 1, "schedule": "1f1b", "model": VOCAB}
+    run_distributed(1, averaged, growing(prepared(tmp_path / "data"), str(tmp_path / "run"), **layout))
 
 
 def extend(before: RunConfig, after: RunConfig) -> None:
