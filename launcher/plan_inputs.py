@@ -8,6 +8,7 @@ from pathlib import Path
 from launcher.check import RULES
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
+from launcher.step_plan import StepPlan
 from parallel.plan import calibration
 from parallel.plan.feasible import problems
 from parallel.plan.hardware import Hardware, HardwareError, read
@@ -54,15 +55,18 @@ def job_of(args: Namespace) -> Job:
     """What is to be planned; every problem with it at once."""
     config = config_of(args.overrides)
     hardware = hardware_of(args.cluster)
+    *before, constant = StepPlan(config).stretches(config.train.steps)
+    growing = [s for s in before if s.step.batch < constant.step.batch]
     job = Job(
         model=config.model,
         parallel=config.parallel,
         hardware=hardware,
-        sequence_length=config.data.sequence_length,
+        sequence_length=constant.step.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=constant.step.batch,
         precision=args.precision or config.train.precision,
-        tokens=float(config.train.steps) * config.train.global_batch_size * config.data.sequence_length,
+        tokens=float(constant.end_tokens),
+        ramp=tuple((s.step.batch, float(s.end_tokens - s.first_tokens)) for s in growing),
         moments_bytes=2 if config.optim.moments == "bf16" else 4,
     )
     if args.as_published:

@@ -20,7 +20,8 @@ class Job:
     """A run.
 
     tokens: of the whole of it. moments_bytes: of an optimizer moment's element. bare: see `cost.StageCosts`. cut: ranks
-    that would share each sequence (for what a longer context takes; the engine does not cut sequences).
+    that would share each sequence (for what a longer context takes; the engine does not cut sequences). ramp: smaller
+    batches before the constant one, each with the tokens seen in it, where the configuration has them.
     """
 
     model: ModelConfig
@@ -35,6 +36,7 @@ class Job:
     calibration: Calibration = field(default_factory=Calibration)
     bare: bool = False
     cut: int = 1
+    ramp: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_gpus(self) -> int:
@@ -58,7 +60,7 @@ class Job:
         wires = [wire == "fp8" for wire in (parallel.dispatch_wire, parallel.dispatch_grad_wire)]
         return LayerShape(
             self.model, self.micro_batch_size * self.sequence_length // self.cut, self.sequence_length, parallel.expert,
-            parallel.ranks_per_node or self.hardware.gpus_per_node, fp8, WAYS[parallel.dispatcher], *wires,
+            parallel.ranks_per_node or self.hardware.gpus_per_node, fp8, WAYS[parallel.dispatcher], wires[0], wires[1],
             parallel.recompute,
         )  # fmt: skip
 

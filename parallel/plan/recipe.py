@@ -56,13 +56,14 @@ def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
     per_hour = job.hardware.dollars_per_gpu_hour if price_per_hour is None else price_per_hour
     gpu_hours = job.num_gpus / 3600
     full = plan.step_seconds / job.tokens_per_step
-    if not has_ramp(job):
+    growth = job.ramp or (report_ramp(job.global_batch_size) if has_ramp(job) else ())
+    if not growth:
         return Hours(job.tokens * full * gpu_hours, 0.0, (), job.num_gpus, per_hour)
-    ramp = _ramp_seconds(plan) * gpu_hours
+    ramp = _ramp_seconds(plan, growth) * gpu_hours
+    rest = (job.tokens - sum(tokens for _, tokens in growth)) * full * gpu_hours
     extensions = []
-    for length, sequences, steps in EXTENSIONS:
+    for length, sequences, steps in EXTENSIONS if has_ramp(job) else ():
         extensions.append(steps * step_seconds(extension(plan, length, sequences), plan) * gpu_hours)
-    rest = (job.tokens - RAMP_TOKENS) * full * gpu_hours
     return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour)
 
 
@@ -92,20 +93,25 @@ def has_ramp(job: Job) -> bool:
     return job.tokens > 2 * RAMP_TOKENS and job.global_batch_size > RAMP_FROM and fits
 
 
-def _ramp_seconds(plan: Plan) -> float:
+def report_ramp(batch: int) -> tuple[tuple[int, float], ...]:
+    """The report's growth to `batch` sequences, in equal shares of its tokens."""
+    share = RAMP_TOKENS / RAMP_STEPS
+    return tuple((round(RAMP_FROM + (batch - RAMP_FROM) * (i + 0.5) / RAMP_STEPS), share) for i in range(RAMP_STEPS))
+
+
+def _ramp_seconds(plan: Plan, ramp: tuple[tuple[int, float], ...]) -> float:
     """The step is simulated at the first batch, at two micro-batches a rank and at the last; straight between them."""
     job = plan.job
     samples = job.micro_batch_size * job.parallel.data
-    full = 2 * job.parallel.pipeline * samples
-    between = [full] if RAMP_FROM < full < job.global_batch_size else []
-    batches: list[int] = [RAMP_FROM, *between, job.global_batch_size]
+    first, full = ramp[0][0] // samples * samples, 2 * job.parallel.pipeline * samples
+    between = [full] if first < full < job.global_batch_size else []
+    batches: list[int] = [first, *between, job.global_batch_size]
     known = [step_seconds(replace(job, global_batch_size=batch), plan) for batch in batches[:-1]]
     times = [*known, plan.step_seconds]
     total = 0.0
-    for i in range(RAMP_STEPS):
-        batch = RAMP_FROM + (job.global_batch_size - RAMP_FROM) * (i + 0.5) / RAMP_STEPS
-        at = min(bisect(batches, batch), len(batches) - 1) - 1
+    for batch, tokens in ramp:
+        at = max(0, min(bisect(batches, batch), len(batches) - 1) - 1)
         share = (batch - batches[at]) / (batches[at + 1] - batches[at])
         seconds = times[at] + share * (times[at + 1] - times[at])
-        total += RAMP_TOKENS / RAMP_STEPS / (batch * job.sequence_length) * seconds
+        total += tokens / (batch * job.sequence_length) * seconds
     return total
