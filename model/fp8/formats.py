@@ -182,7 +182,8 @@ class Operand:
     """A rounded matrix in the form that a BF16 product reads: what the tensor core would see.
 
     values: BF16 [rows, columns] in the layout; already times the scales where they are powers of two (exact), the bare
-    E4M3 values otherwise, and then `scales` holds the FP32 scales.
+    E4M3 values otherwise, and then `scales` holds the FP32 scales. tile_scales: of either kind, as a QuantisedTensor
+    has them, where the operand was rounded just now: a tile that was not finite shows there.
     """
 
     values: Tensor
@@ -190,3 +191,4 @@ class Operand:
     tile: Tile
     rows: Rows
     layout: Layout = Layout.PLAIN
+    tile_scales: Tensor | None = None

@@ -212,6 +212,7 @@ class _FP8Linear(torch.autograd.Function):
         layer.watch_gradient(grad_RO, counts)
         if ctx.needs_input_grad[0]:
             rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
+            layer.watch.check_rounded(layer.name, "gradient", rounded)
             grad_RI = layer.products.dgrad(rounded, layer.weight(weight))
             grad_x = grad_RI.to(grad.dtype).view(*grad.shape[:-1], grad_RI.shape[1])
         if ctx.needs_input_grad[1]:

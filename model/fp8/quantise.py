@@ -217,7 +217,7 @@ class Quantiser:
     def _operand(self, encoded: Encoded, rows: Rows) -> Operand:
         assert encoded.wide is not None
         scales = encoded.scales if self.scales is Scales.FP32 else None
-        return Operand(encoded.wide, scales, self.tile, rows, self.layout)
+        return Operand(encoded.wide, scales, self.tile, rows, self.layout, encoded.scales)
 
 
 def first_non_finite(tensor: QuantisedTensor) -> tuple[int, int] | None:

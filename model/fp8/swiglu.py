@@ -53,6 +53,7 @@ class _SwiGLULinear(torch.autograd.Function):
         kept = from_tensors(tuple(tensors), ctx.like)
         assert isinstance(kept, QuantisedTensor)
         rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
+        layer.watch.check_rounded(layer.name, "gradient", rounded)
         grad_hidden = layer.products.dgrad(rounded, layer.weight(weight)).to(grad.dtype)
         with torch.enable_grad():
             gate_up = _wide(layer, kept, grad.dtype).requires_grad_()

@@ -1,7 +1,7 @@
 """Where FP8 hurts: of every tensor that a layer rounds, its amax, saturation, underflow and error against the wide one.
 
 A sample takes each tensor once, in the first micro-batch that passes after `arm`; between samples nothing is computed
-but a look at the scales of forward, for which NaN or infinity in a tile has a mark (see quantise.py).
+but a look at the scales, on which NaN or infinity in a tile leaves a mark (see quantise.py).
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.fp8.formats import LARGEST_E4M3, NAN_EXPONENT, QuantisedTensor
+from model.fp8.formats import LARGEST_E4M3, NAN_EXPONENT, Operand, QuantisedTensor
 from model.fp8.quantise import Quantiser
 
 
@@ -73,6 +73,12 @@ class Watch:
             return
         self._missing.add((layer, tensor))
         self._stats.append(tensor_stats(layer, tensor, x, quantiser.quantise(x.detach(), counts)))
+
+    def check_rounded(self, layer: str, tensor: str, rounded: QuantisedTensor | Operand) -> None:
+        """As `check`, of what a product is about to read."""
+        scales = rounded.scales if isinstance(rounded, QuantisedTensor) else rounded.tile_scales
+        if scales is not None:
+            self.check(layer, tensor, scales)
 
     def check(self, layer: str, tensor: str, scales: Tensor) -> None:
         """Remember the first tensor with NaN or infinity, from the scales of its tiles."""

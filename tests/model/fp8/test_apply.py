@@ -21,7 +21,8 @@ DENSE = replace(MODEL, num_hidden_layers=2, first_k_dense_replace=2, num_nextn_p
 def built(config: ModelConfig = MODEL, *, fp8: bool = True, **keys: Any) -> Transformer:
     model = Transformer(config)
     initialise(model, std=0.05, seed=0)
-    model = model.to(torch.bfloat16)
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16()
     if fp8:
         apply_fp8(model, FP8Config(native=False, **keys))
     return model
@@ -60,9 +61,11 @@ def test_only_the_linear_after_attention_keeps_e5m6() -> None:
 def test_gradients_stay_near_bf16(keys: dict[str, Any]) -> None:
     wide, narrow = gradients(built(fp8=False, config=DENSE)), gradients(built(config=DENSE, **keys))
     assert wide.keys() == narrow.keys()
-    errors = {name: ((narrow[name] - wide[name]).norm() / wide[name].norm()).item() for name in wide}
+    # Matrices: the few numbers of a latent's norm are differences of large sums.
+    matrices = [name for name in wide if wide[name].ndim > 1]
+    errors = {name: ((narrow[name] - wide[name]).norm() / wide[name].norm()).item() for name in matrices}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < 0.25, (worst, errors[worst])  # roundings of 2.7e-2 one after another
+    assert errors[worst] < 0.2, (worst, errors[worst])  # roundings of 2.7e-2 one after another
     assert min(errors[f"{name}.weight"] for name in fp8_linears(built(config=DENSE))) > 1e-2, "a layer stayed wide"
 
 

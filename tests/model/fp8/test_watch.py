@@ -63,6 +63,17 @@ def test_first_non_finite_tensor_is_named() -> None:
     assert watch.first_non_finite is not None and "layers.2.self_attn.q_b_proj" in watch.first_non_finite
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_first_gradient_that_is_not_finite_is_named(exact: bool) -> None:
+    model, watch = built(fp8=False), Watch()
+    apply_fp8(model, FP8Config("oracle_exact" if exact else "oracle_fast", native=False), watch=watch)
+    loss = loss_of(model)
+    assert watch.first_non_finite is None
+    (loss * 1e39).backward()
+    # backwards: the loss after the MTP module comes first
+    assert watch.first_non_finite is not None and watch.first_non_finite.startswith("gradient of mtp.0.block.mlp.")
+
+
 def test_ranks_are_merged_by_the_worst() -> None:
     a, b = TensorStats("l", "input", 1.0, 0.5, 0.1, 0.2), TensorStats("l", "input", 2.0, 0.1, math.nan, 0.1)
     (found,) = worst([[a], [b]])
