@@ -104,12 +104,17 @@ def bench_step(config: RunConfig, *, warmup: int, repetitions: int) -> dict[str,
 def bench(argv: list[str]) -> int:
     """`expertpipe bench step [--json] [overrides]`; without overrides the shape of experiment=bench85m.
 
-    `expertpipe bench alltoall` is `launcher.bench_alltoall`, `pipeline` is `launcher.bench_pipeline`.
+    `expertpipe bench alltoall` is `launcher.bench_alltoall`, `pipeline` is `launcher.bench_pipeline`,
+    `checkpoint` is `launcher.bench_checkpoint`.
     """
     if argv[:1] == ["pipeline"]:
         from launcher.bench_pipeline import bench_pipeline
 
         return bench_pipeline(argv[1:])
+    if argv[:1] == ["checkpoint"]:
+        from launcher.bench_checkpoint import bench_checkpoint
+
+        return bench_checkpoint(argv[1:])
     if argv[:1] == ["alltoall"]:
         from launcher.bench_alltoall import bench_alltoall
 

@@ -12,10 +12,12 @@ A stopped rank of the same machine is woken with a signal that makes it dump its
 import contextlib
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,9 @@ STALL_SECONDS = 3.0  # without a note of the own main thread, before anything is
 SCAN_SECONDS = 4.0  # over which silence is judged when all ranks are looked at
 DUMP_SECONDS = 1.0  # for a woken rank to write its stacks
 ENDED = ("finished", "stopped", "failed", "lost a peer")  # last actions of ranks that are silent for a good reason
+WAITING = re.compile(  # a line of code that waits for other ranks
+    r"\.wait\(|\.join\(|all_reduce|all_gather|reduce_scatter|broadcast|barrier|recv|\.tolist\(|\.item\("
+)
 DUMP_SIGNAL = signal.SIGUSR2
 
 
@@ -40,6 +45,11 @@ def report_path(run_dir: Path | str) -> Path:
 def stacks_path(run_dir: Path | str, rank: int) -> Path:
     """Where a rank dumps the stacks of its threads."""
     return Path(run_dir) / "ranks" / f"rank{rank}.stacks"
+
+
+def place_path(run_dir: Path | str, rank: int) -> Path:
+    """Where a rank that does not move says at which line it is, and whether it waits for others there."""
+    return Path(run_dir) / "ranks" / f"rank{rank}.place"
 
 
 def is_dead(life: Life) -> bool:
@@ -71,6 +81,7 @@ class Suspect:
     rank: int
     life: Life | None
     alive: bool
+    place: str = ""  # file, line and function, where known
 
     def describe(self, run_dir: Path | str, seconds: float) -> str:
         """One sentence: who, since when, where."""
@@ -81,7 +92,7 @@ class Suspect:
         if self.life is not None and is_dead(self.life):
             what = "is dead"
         elif self.alive:
-            what = "is alive but stands still"
+            what = "is alive but stands still" + (f" at {self.place}" if self.place else "")
         else:
             what = f"has given no sign of life for {seconds:.0f} s"
         if entry is None:
@@ -187,7 +198,7 @@ class Watchdog:
         following = (self._rank + 1) % self._world_size
         began = time.monotonic()
         last_turn = seen_at = noted_at = began
-        number, notes = None, None
+        number, notes, told = None, None, False
         while not self._ended.wait(BEAT_SECONDS):
             self._beat()
             now = time.monotonic()
@@ -196,10 +207,16 @@ class Watchdog:
                 seen_at, number = now, life.beats if life is not None else None
             if now - last_turn > LAG_SECONDS or notes != self._recorder.notes:
                 noted_at, notes = now, self._recorder.notes
+                if told:
+                    place_path(self._run_dir, self._rank).unlink(missing_ok=True)
+                    told = False
             last_turn = now
             stalled = now - noted_at
             if stalled < STALL_SECONDS or _has_ended(self._run_dir, self._rank):
                 continue
+            if not told:
+                self._tell_place()
+                told = True
             if report_path(self._run_dir).exists():
                 self._end(None)
             silent = self._world_size > 1 and now - seen_at >= self._silent_seconds
@@ -219,8 +236,24 @@ class Watchdog:
         found = silent_ranks(self._run_dir, self._world_size, beat=self._beat)
         return [suspect for suspect in found if suspect.rank != self._rank]
 
+    def _tell_place(self) -> None:
+        """Where this rank's main thread stands, for whoever finds that nobody moves."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = traceback.extract_stack(frame, limit=12) if frame is not None else []
+        waits = any("torch/distributed" in call.filename or WAITING.search(call.line or "") for call in stack)
+        where = f"{Path(stack[-1].filename).name}:{stack[-1].lineno} {stack[-1].name}" if stack else "unknown"
+        with contextlib.suppress(OSError):
+            place_path(self._run_dir, self._rank).write_text(f"{'waits' if waits else 'stands'} {where}")
+
     def _slowest(self) -> Suspect:
-        """All are alive: the rank whose last note is the oldest stopped first, and the others wait for it."""
+        """All are alive: the rank that waits for no other, else the one whose last note is the oldest."""
+        time.sleep(BEAT_SECONDS)  # so that all have told their place
+        for rank in range(self._world_size):
+            with contextlib.suppress(OSError):
+                place = place_path(self._run_dir, rank).read_text()
+                if place.startswith("stands "):
+                    life = read_life(recorder_path(self._run_dir, rank))
+                    return Suspect(rank, life, alive=True, place=place.removeprefix("stands "))
         entries = {rank: read(recorder_path(self._run_dir, rank)) for rank in range(self._world_size)}
         known = {rank: entry for rank, entry in entries.items() if entry is not None}
         rank = max(known, key=lambda number: known[number].seconds_since, default=self._rank)

@@ -239,7 +239,7 @@ def test_a_rank_that_hangs_is_named(straight: Straight, tmp_path: Path, table: l
     ended = run(config, fault, seconds=100)
     assert ended.code == 75, ended.output
     rank = int(fault[fault.index(":") + 1])
-    what = "has given no sign of life" if fault.startswith("stop") else "is alive but stands still"
+    what = "has given no sign of life" if fault.startswith("stop") else "is alive but stands still at faults.py:"
     assert f"rank {rank} (pid" in ended.output and what in ended.output, ended.output
     assert "micro-batch" in ended.output or "checkpoint" in ended.output or "action" in ended.output
     stacks = [(tmp_path / "run" / "ranks" / f"rank{k}.stacks").read_text() for k in range(2)]
