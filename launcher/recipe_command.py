@@ -59,8 +59,11 @@ def lines(found: list[Phase]) -> list[str]:
     for phase in found:
         text += [*_heading(phase), HEADER, *map(_row, phase.boundaries), ""]
     tokens, hours = sum(phase.tokens for phase in found), sum(phase.h800_hours for phase in found)
-    text.append(f"{tokens:,} tokens, {sum(phase.steps for phase in found):,} steps, {_hours(hours)} H800-hours:")
-    text.append(f"the report's {HOURS_PER_TRILLION // 1000}K for 1T tokens of its model at 4K, by operations a token.")
+    text.append(f"{tokens:,} tokens, {sum(phase.steps for phase in found):,} steps{_hours(hours)}")
+    if hours >= 1:
+        text.append(
+            f"hours: the report's {HOURS_PER_TRILLION // 1000}K for 1T tokens of its model at 4K, by FLOPs a token."
+        )
     return text
 
 
@@ -70,7 +73,7 @@ def _heading(phase: Phase) -> list[str]:
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
     begin = [f"  begins with the newest checkpoint of {train.init_from}"] if train.init_from else []
     return [
-        f"{phase.name}: {phase.tokens:,} tokens, {phase.steps:,} steps, {_hours(phase.h800_hours)} H800-hours",
+        f"{phase.name}: {phase.tokens:,} tokens, {phase.steps:,} steps{_hours(phase.h800_hours)}",
         *begin,
         f"  {p.world_size:,} ranks: pipeline {p.pipeline} {p.schedule} x data {p.data}, expert {p.expert}; "
         f"{many} micro-batches",
@@ -79,7 +82,9 @@ def _heading(phase: Phase) -> list[str]:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours / 1000:,.0f}K" if hours >= 10_000 else f"{hours:,.3g}"
+    if hours < 1:
+        return ""
+    return f", {hours / 1000:,.0f}K H800-hours" if hours >= 10_000 else f", {hours:,.0f} H800-hours"
 
 
 def _row(values: Values) -> str:

@@ -155,3 +155,14 @@ def test_heldout_data_must_fit_the_model(model: Transformer, tmp_path: Path) -> 
     for name, said in (("long", "max_position_embeddings is 256"), ("alien", "vocab_size is 512"), ("short", "2")):
         with pytest.raises(InferenceError, match=said):
             heldout_nats(model, tmp_path / name, 257, 1)
+
+
+def test_ema_reaches_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher import score as module
+    from launcher.__main__ import main
+
+    taken: list[dict[str, object]] = []
+    monkeypatch.setattr(module, "score", lambda **arguments: taken.append(arguments) or 0)
+    for flags in ([], ["--ema"]):
+        assert main(["score", "--checkpoint", "a", "--tokens", "b.npy", *flags]) == 0
+    assert [arguments["ema"] for arguments in taken] == [False, True]
