@@ -19,6 +19,7 @@ POSTED_AHEAD = 4  # receives of each kind, parallel.pipeline.p2p
 NCCL_BYTES = 1.5 * 2**30  # assumed: CUDA context and the buffers of about a dozen communicators
 MARGIN = 0.04  # of what is allocated: what the caching allocator cannot use, assumed
 ALIGN = 64  # elements, parallel.zero1
+GPU_LOGITS_BYTES, CPU_LOGITS_BYTES = 256 << 20, 4 << 20  # FP32 logits at a time, model.loss
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ def kept_bytes(shape: LayerShape, *, moe: bool, element_bytes: int = 2) -> float
 
 
 def activation_bytes(shape: LayerShape, stages: tuple[range, ...], *, element_bytes: int = 2) -> tuple[float, ...]:
-    """Of one micro-batch on every stage; the last keeps logits in FP32 only while it computes them."""
+    """Of one micro-batch on every stage; the last keeps the gradient of each head's logits (`model.loss`)."""
     c = shape.model
     by_kind = {moe: kept_bytes(shape, moe=moe, element_bytes=element_bytes) for moe in (False, True)}
     found = [sum(by_kind[c.is_moe(layer)] for layer in stage) for stage in stages]
     ends = shape.tokens * c.hidden_size * element_bytes
+    heads = 1 + c.num_nextn_predict_layers
     found[-1] += ends + c.num_nextn_predict_layers * (by_kind[True] + 4 * ends)
+    found[-1] += heads * shape.tokens * c.vocab_size * element_bytes
     return tuple(found)
 
 
@@ -126,17 +129,18 @@ def memory_of(
     *,
     precision: str,
     moments_bytes: int = 2,
+    logits_chunk_bytes: int = GPU_LOGITS_BYTES,
 ) -> tuple[RankMemory, ...]:
     """Every pipeline rank's memory; ranks of one pipeline position are alike under a balanced gate.
 
     precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps a quantised copy of the weights beside BF16.
-    moments_bytes: of an element of each of the two moments.
+    moments_bytes: of an element of each of the two moments. logits_chunk_bytes: of one chunk of rows of FP32 logits.
     """
     c, T, D = shape.model, shape.tokens, shape.model.hidden_size
     element = 4 if precision == "fp32" else 2
     kept = activation_bytes(shape, stages, element_bytes=element)
     live = peak_bytes(schedule, Memory(kept, kept))
-    logits = 2 * T * c.vocab_size * 4 / 8  # of one chunk of rows at a time and its gradient, see model.loss
+    logits = 2 * min(T * c.vocab_size * 4, logits_chunk_bytes)
     found = []
     for rank, held in enumerate(holdings(c, parallel, schedule, stages)):
         number = sum(h.parameters for h in held)
