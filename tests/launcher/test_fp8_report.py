@@ -96,4 +96,4 @@ def test_every_rank_has_every_tensor_and_a_bad_step_changes_nothing(tmp_path: Pa
         assert first is None
         assert {row.layer for row in second} == names and second == ranks[0][1]
         assert same, "weights moved in a step that is not finite"
-    assert any("tensor that FP8 read here: input of layers.2.self_attn.q_b_proj" in rank[2] for rank in ranks)
+    assert all("FP8 read" in rank[2] and "input of layers.2.self_attn.q_b_proj" in rank[2] for rank in ranks)
