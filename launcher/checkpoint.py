@@ -39,6 +39,7 @@ from launcher.checkpoint_reader import Reader, verify
 from launcher.config import RunConfig, to_dict
 from launcher.tensor_file import file_record
 from model.counts import parameter_shapes
+from model.fp8.linear import weights_changed
 
 __all__ = [
     "CONFIG", "LATEST", "MANIFEST", "TOKENIZER", "CheckpointError", "Reader", "Snapshot", "checkpoints_dir", "commit",
@@ -239,6 +240,8 @@ def load(
     for field in fields(Progress):
         setattr(run.progress, field.name, getattr(reader.progress, field.name))
     run.zero1.publish_weights()
+    for stage in run.model.stages.values():
+        weights_changed(stage)  # a run that goes back to a checkpoint has the later weights rounded to FP8
 
 
 def _read_ema(run: Run, reader: Reader) -> None:

@@ -106,7 +106,9 @@ def resumed_and_straight(run_config: RunConfig) -> list[Any]:
         assert folder is not None
         load(again, folder)
         losses = [train_step(again).loss for _ in range(2)]
-        return [expected, losses, masters(straight), masters(again)]
+        ends = [masters(straight), masters(again)]
+        load(straight, folder)  # a run that goes back
+        return [expected, losses, *ends, train_step(straight).loss]
 
 
 def test_resume_is_bitwise(tmp_path: Path) -> None:
@@ -114,6 +116,6 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
         prepared(tmp_path / "data"), pipeline=2, expert=1, data=1, schedule="dualpipe", layers=(2, 2), microbatches=4,
         model=VOCAB, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    for expected, losses, straight, again in run_distributed(2, resumed_and_straight, in_fp8(base)):
-        assert losses == expected
+    for expected, losses, straight, again, back in run_distributed(2, resumed_and_straight, in_fp8(base)):
+        assert losses == expected and back == expected[0]
         assert straight.keys() == again.keys() and all(torch.equal(straight[k], again[k]) for k in straight)
