@@ -4,11 +4,14 @@ After each fault the run is started again without it, and must end with the same
 checkpoint as a run that nothing happened to.
 """
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +20,10 @@ import pytest
 
 from launcher.checkpoint_files import checkpoints_in
 from launcher.checkpoint_reader import verify
-from launcher.config import RunConfig
-from tests.launcher.live import Ended, Live, live_config, losses, run, shards
+from launcher.config import RunConfig, to_dict
+from launcher.local import free_port
+from launcher.recorder import read, recorder_path
+from tests.launcher.live import RANK, ROOT, Ended, Live, live_config, losses, run, shards
 from tests.launcher.test_checkpoint import crafted_pickle, edit, prepared
 
 pytestmark = pytest.mark.slow
@@ -113,6 +118,36 @@ def test_sigkill_anywhere(straight: Straight, tmp_path: Path, table: list[Row], 
     assert_resumes_bitwise(straight, config)
     newest = kept[0].name if kept else "none"
     table.append(Row(f"SIGKILL {fault}", "rank named, resume bitwise", f"exit {ended.code}, newest {newest}, bitwise"))
+
+
+def test_a_dead_rank_under_torchrun(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+    """Nobody of ours watches the processes there: the survivor itself must say who is gone, and leave."""
+    config = straight.again(tmp_path / "run", steps=100_000, checkpoint_every=0)
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "run.json").write_text(json.dumps(to_dict(config)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}",
+         str(tmp_path / "rank.py"), str(tmp_path / "run.json")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        entry = None
+        while (entry is None or entry.step < 2) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            entry = read(recorder_path(tmp_path / "run", 1))
+        assert process.poll() is None and entry is not None and entry.step >= 2
+        os.kill(entry.pid, signal.SIGKILL)
+        began = time.monotonic()
+        output, _ = process.communicate(timeout=90)
+        seconds = time.monotonic() - began
+    finally:
+        process.kill()
+        process.communicate()
+    assert f"rank 1 (pid {entry.pid} on {os.uname().nodename}) is dead, in step " in output, output[-3000:]
+    assert seconds <= DEAD_RANK_SECONDS and process.returncode != 0
+    table.append(Row("SIGKILL under torchrun", "survivor names rank and action, <= 15 s", f"{seconds:.1f} s"))
 
 
 def at(name: str, change: Callable[[bytearray], None]) -> Callable[[Path], str]:
