@@ -11,6 +11,7 @@ from launcher.config import RunConfig
 from optim.config import Segment
 
 SEGMENT_SHAPES = ("constant", "linear", "cosine")
+LOCAL_VOCABULARY = 1 << 16  # tokens, at most, of a tokenizer made from a corpus of this machine
 SCHEDULED = {"lr": "0 to 1", "mtp_lambda": "0 or more", "bias_update_speed": "0 to 1", "fim_rate": "0 to 1"}
 
 
@@ -183,8 +184,9 @@ def _is_missing(prefix: str) -> bool:
 def prepare_command(config: RunConfig, prefix: str | None = None) -> str:
     """The command that prepares data where this run looks for it: a corpus of this machine, or files of the user's."""
     folder = Path(prefix or config.data.prefix).parent
-    if folder.name in ("stdlib", "full"):
-        return f"expertpipe prepare --corpus {folder.name} --vocab-size {config.model.vocab_size} --out {folder}"
+    if config.model.vocab_size <= LOCAL_VOCABULARY:
+        corpus = "full" if folder.name == "full" else "stdlib"
+        return f"expertpipe prepare --corpus {corpus} --vocab-size {config.model.vocab_size} --out {folder}"
     highest = max((segment.value for segment in config.optim.fim_rate), default=0.0)
     turned = f" --fim-rate {highest:g}" if highest else ""
     return f"expertpipe prepare INPUT... --out {folder} --tokenizer deepseek{turned}"

@@ -206,7 +206,8 @@ def test_commands_hand_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert main(["checkpoint", "import-hf", "a", "b"]) == main(["checkpoint", "export-hf", "c", "d"]) == 0
     assert main(["prepare", "--corpus", "full", "--vocab-size", "8192"]) == 0
     assert seen["demo"] == (["--corpus", "full"],)
-    assert seen["score"] == {"checkpoint": Path("c"), "tokens": Path("t.npy"), "logits": None, "as_json": True}
+    paths = {"checkpoint": Path("c"), "tokens": Path("t.npy"), "logits": None}
+    assert seen["score"] == {**paths, "as_json": True, "ema": False}
     assert (seen["import"], seen["export"]) == ((Path("a"), Path("b")), (Path("c"), Path("d")))
     assert seen["prepare"] == {
         "corpus": "full",
