@@ -31,6 +31,7 @@ from launcher.check_recipe import (
     check_predecessor,
     check_segments,
 )
+from launcher.check_safety import check_safety
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
 from parallel.config import COMBINE_WIRES, DISPATCH_WIRES, DISPATCHERS
@@ -260,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     check_stages,
     check_phases,
     check_fp8_words,
+    check_safety,
 )
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
 MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine)
