@@ -4,6 +4,7 @@ After each fault the run is started again without it, and must end with the same
 checkpoint as a run that nothing happened to.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,15 +45,16 @@ class Row:
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[Row]]:
+def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     rows: list[Row] = []
     yield rows
     width = max((len(row.fault) for row in rows), default=0)
     expected = max((len(row.expected) for row in rows), default=0)
     lines = [f"{row.fault:<{width}}  {row.expected:<{expected}}  {row.seen}" for row in rows]
     head = f"{'fault':<{width}}  {'expected':<{expected}}  seen"
-    # past pytest's capture: the table is what this file is for
-    os.write(2, ("\n\n" + "\n".join([head, *lines]) + "\n").encode())
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+        print("\n\n" + "\n".join([head, *lines]))
 
 
 @dataclass(frozen=True)
