@@ -145,9 +145,7 @@ def _score(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from launcher.score import score
 
-    return score(
-        checkpoint=args.checkpoint, tokens=args.tokens, logits=args.logits, as_json=args.json, ema=args.ema
-    )
+    return score(checkpoint=args.checkpoint, tokens=args.tokens, logits=args.logits, as_json=args.json, ema=args.ema)
 
 
 def _generate(argv: list[str]) -> int:

@@ -19,7 +19,8 @@ SHAPE = ["--pipeline", "4", "--microbatches", "10"]
 def output(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(["schedule", *argv]) == 0
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
+    # the lines that name a file are as long as its path
+    assert max(len(line) for line in text.splitlines() if not line.startswith("wrote ")) <= 80
     return text
 
 

@@ -103,7 +103,7 @@ def test_single_experts_are_hit_top_k_times(score: str, groups: int, size: int, 
     gate = Gate(groups * size, top_k, groups, chosen, group_score=score)
     assert expected_blocks(gate, gate.num_experts) == pytest.approx(top_k, rel=2e-3)
     assert expected_blocks(gate, 1) == pytest.approx(1)
-    assert expected_blocks(gate, groups) <= min(chosen, top_k) + 1e-6
+    assert expected_blocks(gate, groups) <= min(chosen, top_k) * (1 + 2e-3)  # the integration's accuracy, as above
 
 
 def test_best_expert_gate_in_closed_form() -> None:
