@@ -35,7 +35,7 @@ from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.schedules import build
 from parallel.pipeline.simulate import Costs
 from parallel.pipeline.simulate_phases import simulate_phases
-from parallel.pipeline.slept import SleptStages
+from parallel.pipeline.slept import SleptStages, sleep_precisely
 
 TIMEOUT = timedelta(seconds=120)
 
@@ -202,6 +202,7 @@ def _row(prepared: _Prepared, times: list[float]) -> Row:
 def _as_rank(cases: Sequence[Case], repetitions: int, out: Path) -> int:
     """What each process does: measure the cases for as many ranks as there are."""
     with process_group(TrainConfig(1, 1, device="cpu", threads=1, timeout_seconds=120)) as process:
+        sleep_precisely()
         prepared = [_prepare(case, process.rank) for case in cases if case.ranks == process.world_size]
         rows = _measure(prepared, repetitions)
         if process.rank == 0:

@@ -13,7 +13,7 @@ from parallel.pipeline.actions import Action, Message, Schedule
 from parallel.pipeline.check import check
 from parallel.pipeline.chunk import Chunk, Stages
 from parallel.pipeline.overlap import Work, completes, halves_of, plan
-from parallel.pipeline.p2p import Mailbox
+from parallel.pipeline.p2p import Mailbox, incoming_messages
 
 OnAction = Callable[[Action], None]
 
@@ -53,6 +53,7 @@ class Executor:
         self.peak_live = 0
         self.work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
         self.halves = halves_of(schedule, overlap)
+        self.incoming = incoming_messages(schedule, mesh.pipeline_rank)
         self.measured: list[Measured] = []
         self.began = 0.0
 
@@ -89,8 +90,9 @@ class _Step:
             return (tokens.shape[0], tokens.shape[1] - 1, executor.stages.hidden_size)
 
         self.mailbox = Mailbox(
-            executor.schedule, executor.mesh, executor.groups, shape=shape, dtype=executor.dtype, device=executor.device
-        )
+            executor.schedule, executor.mesh, executor.groups,
+            incoming=executor.incoming, shape=shape, dtype=executor.dtype, device=executor.device,
+        )  # fmt: skip
 
     def microbatch(self, number: int) -> Microbatch:
         if number not in self.batches:

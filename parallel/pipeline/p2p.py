@@ -5,7 +5,7 @@ exactly that order, a few ahead of need, whatever order it consumes them in.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,10 +27,17 @@ class _Pending:
     work: dist.Work
 
 
+def incoming_messages(schedule: Schedule, rank: int) -> dict[int, tuple[Message, ...]]:
+    """What each other rank sends to this one, in the order of its own list; the rank's messages to itself too."""
+    found = {source: tuple(schedule.messages_from(source).get(rank, ())) for source in range(schedule.num_ranks)}
+    return {source: messages for source, messages in found.items() if messages}
+
+
 class Mailbox:
     """One rank's messages of one step.
 
-    shape: of a message's tensor. ahead: receives posted beyond the one needed, for each source.
+    incoming: from each rank, in the order in which it sends them (`incoming_messages`, the same in every step). shape:
+    of a message's tensor. ahead: receives posted beyond the one needed, for each source.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Mailbox:
         mesh: Mesh,
         groups: Groups,
         *,
+        incoming: Mapping[int, Sequence[Message]],
         shape: Callable[[Message], tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device,
@@ -46,10 +54,8 @@ class Mailbox:
     ) -> None:
         self._schedule, self._mesh, self._groups = schedule, mesh, groups
         self._shape, self._dtype, self._device, self._ahead = shape, dtype, device, ahead
-        me = mesh.pipeline_rank
-        self._expected: dict[int, deque[Message]] = {
-            source: deque(schedule.messages_from(source).get(me, [])) for source in range(schedule.num_ranks)
-        }
+        self._me = mesh.pipeline_rank
+        self._expected = {source: deque(messages) for source, messages in incoming.items()}
         self._source = {message: source for source, queue in self._expected.items() for message in queue}
         self._posted: dict[Message, _Pending] = {}
         self._local: dict[Message, Tensor] = {}
@@ -61,7 +67,7 @@ class Mailbox:
         return self._groups.down if source < destination else self._groups.up
 
     def _post(self, source: int, number: int) -> None:
-        me = self._mesh.pipeline_rank
+        me = self._me
         queue = self._expected[source]
         while queue and number > 0 and source != me:
             message = queue.popleft()
@@ -88,7 +94,7 @@ class Mailbox:
 
     def send(self, message: Message, tensor: Tensor) -> None:
         """Start sending; the tensor must not change until `finish`."""
-        destination, me = self._schedule.consumer(message), self._mesh.pipeline_rank
+        destination, me = self._schedule.consumer(message), self._me
         tensor = tensor.detach()
         if destination == me:
             self._local[message] = tensor

@@ -5,6 +5,8 @@ while the rank goes on. Two cores can so run sixteen ranks, and what is measured
 engine's own cost.
 """
 
+import ctypes
+import sys
 import time
 
 import torch
@@ -28,6 +30,12 @@ class Link:
         """Start one when the link is free; the time at which it will have ended."""
         self._free_at = max(time.perf_counter(), self._free_at) + seconds
         return self._free_at
+
+
+def sleep_precisely() -> None:
+    """Ask Linux to end this thread's sleeps within a microsecond instead of 50; the thread's own setting."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(29, 1000, 0, 0, 0)  # PR_SET_TIMERSLACK, in nanoseconds
 
 
 def sleep_until(deadline: float) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from parallel.config import ParallelConfig
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Message
-from parallel.pipeline.p2p import Mailbox, PipelineError
+from parallel.pipeline.p2p import Mailbox, PipelineError, incoming_messages
 from parallel.pipeline.schedules import build
 from tests.distributed import run_distributed
 
@@ -30,7 +30,10 @@ def tensor(message: Message) -> torch.Tensor:
 
 def mailbox(mesh: Mesh, groups: Groups) -> Mailbox:
     schedule = build("1f1b", num_ranks=2, num_microbatches=MICROBATCHES)
-    return Mailbox(schedule, mesh, groups, shape=shape, dtype=torch.float32, device=torch.device("cpu"))
+    incoming = incoming_messages(schedule, mesh.pipeline_rank)
+    return Mailbox(
+        schedule, mesh, groups, incoming=incoming, shape=shape, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def exchange(mesh: Mesh, groups: Groups, order: list[int]) -> list[bool]:
