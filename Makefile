@@ -1,7 +1,8 @@
 # make setup      .venv with the console command `expertpipe`, from the versions pinned in constraints.txt
 # make demo       prepare text that is on this machine and train experiment=tiny on 4 processes; CORPUS=full for more text
 # make test       the CPU test suite
-# make test-all   also the tests that take minutes or need root (make test-slow: only those)
+# make test-slow  the tests that take longer or need root; skipped aloud where something is missing
+# make test-all   all three suites: also the exhaustive one (every fault, schedule and weakened ordering: an hour or more)
 # make checks     ruff, pyright, import-linter, then make test
 # make clean      remove .venv and caches; runs/ with its data and checkpoints stays
 #
@@ -21,7 +22,7 @@ PIP_INSTALL := $(PYTHON) -m pip install --disable-pip-version-check -c constrain
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test test-slow test-all checks checks-static clean
+.PHONY: setup demo test test-slow test-exhaustive test-all checks checks-static clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -49,7 +50,10 @@ test: setup
 test-slow: setup
 	$(PYTHON) -m pytest -m "slow and not gpu"
 
-test-all: test test-slow
+test-exhaustive: setup
+	$(PYTHON) -m pytest -m "exhaustive and not gpu"
+
+test-all: test test-slow test-exhaustive
 
 checks: checks-static test
 

@@ -28,7 +28,7 @@ from launcher.recorder import read, recorder_path
 from tests.launcher.live import RANK, ROOT, Ended, Live, live_config, losses, run, shards
 from tests.launcher.test_checkpoint import crafted_pickle, edit, prepared
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 STEPS = 5
 NUM_KILLS = int(os.environ.get("EXPERTPIPE_KILLS", "20"))

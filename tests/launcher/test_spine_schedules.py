@@ -55,40 +55,40 @@ def test_every_schedule_equals_one_process(schedule: str, tmp_path: Path) -> Non
     run(write_tokens(str(tmp_path / "tokens")), (2, 1, 1), schedule)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("microbatches", [1, 5])
 def test_dualpipe_with_few_micro_batches(microbatches: int, tmp_path: Path) -> None:
     """With 1 nothing enters at the last rank."""
     run(write_tokens(str(tmp_path / "tokens")), (2, 1, 1), "dualpipe", microbatches=microbatches)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_schedule_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     path.write_text(write(build("zbv", num_ranks=2, num_microbatches=3)))
     run(write_tokens(str(tmp_path / "tokens")), (2, 1, 1), str(path), microbatches=3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("overlap", ["off", "pairs", "all"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_with_expert_parallelism(schedule: str, overlap: str, tmp_path: Path) -> None:
     run(write_tokens(str(tmp_path / "tokens")), (2, 2, 2), schedule, microbatches=5, overlap=overlap)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("microbatches", [2, 7, 11])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_on_four_ranks(schedule: str, microbatches: int, tmp_path: Path) -> None:
     run(write_tokens(str(tmp_path / "tokens")), (4, 1, 1), schedule, model=DEEP, microbatches=microbatches)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_on_four_ranks_with_expert_parallelism(schedule: str, tmp_path: Path) -> None:
     run(write_tokens(str(tmp_path / "tokens")), (4, 2, 2), schedule, model=DEEP, microbatches=9, overlap="all")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_stages_a_rank(tmp_path: Path) -> None:
     run(write_tokens(str(tmp_path / "tokens")), (2, 1, 1), "interleaved", stages_per_rank=3, microbatches=5)

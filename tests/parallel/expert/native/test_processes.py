@@ -60,7 +60,7 @@ def test_processes_equal_flat() -> None:
     run_distributed(4, equals_flat, 2, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2), (1, 4), (4, 8), (2, 8), (4, 16), (2, 16)])
 def test_more_processes_equal_flat(nodes: int, ranks: int) -> None:
     run_distributed(ranks, equals_flat, nodes, 2)
@@ -93,7 +93,7 @@ def test_late_rank_is_named() -> None:
         assert line.startswith("rank ") and "nothing from rank 1 in 1.5 s" in line and "\n" not in line
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_other_config_is_refused_by_all() -> None:
     for line in run_distributed(4, failing, "config"):
         assert line.startswith("rank 1 has NativeConfig(") and "rank 0 NativeConfig(" in line

@@ -19,7 +19,7 @@ def test_every_ordering_in_the_kernels_is_a_numbered_site() -> None:
     assert "atomic" not in kernels and "fence" not in kernels
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_seeded_network_loses_weak_signals(tmp_path: Path) -> None:
     """The quick half of the table: one site, and the sound kernels beside it."""
     for weaken, bad in ((0, False), (NAMES.index("DISPATCH_SEND_SIGNAL") + 1, True)):
@@ -28,7 +28,7 @@ def test_a_seeded_network_loses_weak_signals(tmp_path: Path) -> None:
         assert any(results) == bad, results
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     status = race_table.main([])
     print(capsys.readouterr().out)

@@ -73,7 +73,7 @@ def test_never_slower_than_1f1b_at_equal_costs(name: str, ranks: int, microbatch
     assert makespan(schedule) <= 3 * (microbatches + ranks - 1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["zb1p", "zbv", "dualpipev", "dualpipe"])
 def test_never_slower_than_1f1b_for_any_number_of_micro_batches(name: str) -> None:
     """Every M to 2P and beyond, where the schedules are cut from larger ones; from there on they only grow."""
@@ -83,7 +83,7 @@ def test_never_slower_than_1f1b_for_any_number_of_micro_batches(name: str) -> No
             assert makespan(schedule) <= 3 * (microbatches + ranks - 1), (ranks, microbatches)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SCHEDULES)
 @settings(deadline=None, max_examples=150)
 @given(RANKS, MICROBATCHES)
