@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
@@ -113,28 +114,6 @@ def _train(argv: list[str]) -> int:
 # --- the other commands ------------------------------------------------------------------------------------------
 
 
-def _demo(argv: list[str]) -> int:
-    from launcher.demo import demo
-
-    return demo(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    if argv[:1] == ["data"]:
-        from launcher.bench_data import bench_data
-
-        return bench_data(argv[1:])
-    from launcher.bench import bench
-
-    return bench(argv)
-
-
-def _prepare(argv: list[str]) -> int:
-    from launcher.prepare_command import prepare_command
-
-    return prepare_command(argv)
-
-
 def _score(argv: list[str]) -> int:
     parser = _parser("score", "Loss in nats per token of each given sequence.")
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -143,7 +122,7 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--logits", type=Path, help="write the logits there, .npy float32 [num_sequences, S, vocab]")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    from launcher.score import score
+    from launcher.commands.score import score
 
     return score(checkpoint=args.checkpoint, tokens=args.tokens, logits=args.logits, as_json=args.json, ema=args.ema)
 
@@ -156,7 +135,7 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    from launcher.generate import generate
+    from launcher.commands.generate import generate
 
     return generate(
         checkpoint=args.checkpoint,
@@ -165,24 +144,6 @@ def _generate(argv: list[str]) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
-
-
-def _schedule(argv: list[str]) -> int:
-    from launcher.schedule_command import schedule_command
-
-    return schedule_command(argv)
-
-
-def _plan(argv: list[str]) -> int:
-    from launcher.plan_command import plan_command
-
-    return plan_command(argv)
-
-
-def _recipe(argv: list[str]) -> int:
-    from launcher.recipe_command import recipe_command
-
-    return recipe_command(argv)
 
 
 def _doctor(argv: list[str]) -> int:
@@ -194,33 +155,15 @@ def _doctor(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="the rows as one JSON object")
     args = parser.parse_intermixed_args(argv)
-    from launcher.doctor import doctor
+    from launcher.commands.doctor import doctor
 
     return doctor(args.overrides, as_json=args.json)
 
 
-def _precision(argv: list[str]) -> int:
-    from launcher.precision_command import precision_command
-
-    return precision_command(argv)
-
-
-def _fp8_report(argv: list[str]) -> int:
-    from launcher.fp8_report import fp8_report
-
-    return fp8_report(argv)
-
-
-def _placement(argv: list[str]) -> int:
-    from launcher.placement_command import placement
-
-    return placement(argv)
-
-
-def _checkpoint(argv: list[str]) -> int:
-    from launcher.checkpoint_cli import checkpoint_command
-
-    return checkpoint_command(argv)
+def _late(path: str) -> Callable[[list[str]], int]:
+    """The function `path`, counted from this package; its module is imported when it is called."""
+    module, function = path.rsplit(".", 1)
+    return lambda argv: getattr(import_module(f"launcher.{module}"), function)(argv)
 
 
 def _parser(name: str, description: str) -> ArgumentParser:
@@ -229,19 +172,37 @@ def _parser(name: str, description: str) -> ArgumentParser:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model; starts its own local processes unless torchrun or srun has", _train),
-    "demo": Command("prepare data, train experiment=tiny, score it, draw its curve", _demo),
-    "prepare": Command("turn JSON lines, parquet or text into token files", _prepare),
+    "demo": Command("prepare data, train experiment=tiny, score it, draw its curve", _late("commands.demo.demo")),
+    "prepare": Command("turn JSON lines, parquet or text into token files", _late("commands.prepare.prepare_command")),
     "score": Command("loss of given token sequences under a checkpoint", _score),
     "generate": Command("continue a prompt", _generate),
-    "bench": Command("measure speed: bench step|data --json [OVERRIDES]", _bench),
-    "schedule": Command("check, simulate and draw a pipeline schedule; schedule auto says why", _schedule),
-    "plan": Command("memory, time and cost of a run before it starts; --validate, --search", _plan),
-    "recipe": Command("every scheduled value of a run and those that follow it, by tokens seen", _recipe),
+    "bench": Command(
+        "measure speed: bench step | alltoall | pipeline | checkpoint | data", _late("bench.command.bench")
+    ),
+    "schedule": Command(
+        "check, simulate and draw a pipeline schedule; schedule auto says why",
+        _late("commands.schedule.schedule_command"),
+    ),
+    "plan": Command(
+        "memory, time and cost of a run before it starts; --validate, --search", _late("plan.command.plan_command")
+    ),
+    "recipe": Command(
+        "every scheduled value of a run and those that follow it, by tokens seen",
+        _late("commands.recipe.recipe_command"),
+    ),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
-    "precision": Command("format, tile and bytes of every tensor, in forward and backward", _precision),
-    "fp8-report": Command("where FP8 hurts: a run's logged amax, saturation, underflow and error", _fp8_report),
-    "placement": Command("plan copies of the busiest experts from a run's logged load", _placement),
-    "checkpoint": Command("list | show | verify | prune | import-hf | export-hf", _checkpoint),
+    "precision": Command(
+        "format, tile and bytes of every tensor, in forward and backward", _late("commands.precision.precision_command")
+    ),
+    "fp8-report": Command(
+        "where FP8 hurts: a run's logged amax, saturation, underflow and error", _late("commands.fp8_report.fp8_report")
+    ),
+    "placement": Command(
+        "plan copies of the busiest experts from a run's logged load", _late("commands.placement.placement")
+    ),
+    "checkpoint": Command(
+        "list | show | verify | prune | import-hf | export-hf", _late("checkpoint.commands.checkpoint_command")
+    ),
 }
 
 

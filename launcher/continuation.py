@@ -7,7 +7,7 @@ and its own count of tokens, from 0. What it takes over are weights, moments and
 from pathlib import Path
 
 from launcher.build import Run
-from launcher.checkpoint import find, load
+from launcher.checkpoint.state import find, load
 
 
 def begin_with(run: Run, path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.tokens import TokenFile
 from launcher.build import DTYPES
-from launcher.checkpoint import Reader, find
+from launcher.checkpoint.state import Reader, find
 from model.fp8.apply import apply_fp8
 from model.loss import head_loss
 from model.transformer import Microbatch, Transformer

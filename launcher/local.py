@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.recorder import read, recorder_path
-from launcher.watchdog import report_path
+from launcher.record.recorder import read, recorder_path
+from launcher.safety.watchdog import report_path
 
 USER_ERROR, REQUEUE, INTERRUPTED = 2, 75, 130  # exit codes of a rank that are handed on as they are
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

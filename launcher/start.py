@@ -15,7 +15,7 @@ def start(overrides: Sequence[str], *, only_check: bool = False) -> int:
     Under torchrun, srun or `run_local` this process is one of its ranks; alone it starts the others. ConfigError lists
     everything wrong. only_check: say that nothing is wrong instead of training.
     """
-    from launcher.check import checked
+    from launcher.check.run import checked
 
     os.environ.update(slurm_environment(os.environ))
     world_size = outer_world_size(os.environ)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launcher import fp8_samples
-from launcher.agreement import messages
 from launcher.build import Run
+from launcher.record import fp8_samples
+from launcher.safety.agreement import messages
 from model.fp8.linear import weights_changed
 from model.fp8.watch import TensorStats
 from model.transformer import Microbatch, StageLoss

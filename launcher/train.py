@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from launcher import measured
-from launcher.agreement import AgreedError
 from launcher.build import Run, build, plan_layout
-from launcher.checkpoint import checkpoints_dir
+from launcher.checkpoint.state import checkpoints_dir
 from launcher.config import RunConfig, to_yaml
 from launcher.continuation import begin_with
-from launcher.display import Display
-from launcher.events import EventLog, StepEvent
-from launcher.recorder import Recorder, recorder_path
+from launcher.record import measured
+from launcher.record.events import EventLog, StepEvent
+from launcher.record.recorder import Recorder, recorder_path
 from launcher.runtime import Process, is_lost_peer, process_group
-from launcher.safety import RollbackError, Safety
-from launcher.same_run import require_same
+from launcher.safety.agreement import AgreedError
+from launcher.safety.guard import RollbackError, Safety
+from launcher.safety.same_run import require_same
+from launcher.safety.watchdog import Watchdog
+from launcher.show.display import Display
 from launcher.step import NonFiniteError, StepResult, train_step
-from launcher.watchdog import Watchdog
 from parallel.expert.native.failure import NativeError
 from parallel.expert.roll_call import ExpertError
 from parallel.pipeline.p2p import PipelineError

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.events import StepEvent, read
+from launcher.record.events import StepEvent, read
 
 BAR = 0.0025  # report section 3.3: relative loss error against BF16
 LAST = 100

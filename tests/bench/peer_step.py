@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from launcher.bench import RandomTokens, build_for_bench, timed
-from launcher.check import checked
+from launcher.bench.step import RandomTokens, build_for_bench, timed
+from launcher.check.run import checked
 from launcher.runtime import process_group
 from launcher.step import tokens_per_step, train_step
 from model.convert import published_config

@@ -46,7 +46,9 @@ def kill_at(argument: str, config: RunConfig) -> None:
 
     WHERE: `write` (a part of a shard has been written), `fsync`, `commit`, `rename`, `latest`, `verify`, `delete`.
     """
-    from launcher import checkpoint_files, checkpoint_saver, tensor_file
+    from launcher.checkpoint import files as checkpoint_files
+    from launcher.checkpoint import saver as checkpoint_saver
+    from launcher.checkpoint import tensor_file
 
     rank, where, count = argument.split(",")
     if _rank() != int(rank):
@@ -140,7 +142,7 @@ def no_space(argument: str, config: RunConfig) -> None:
     """no_space:RANK,STEP: the shard of one step cannot be written."""
     import errno
 
-    from launcher import checkpoint
+    from launcher.checkpoint import state as checkpoint
 
     rank, step = map(int, argument.split(","))
     plain = checkpoint.write_tensors

@@ -83,7 +83,7 @@ def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err.startswith("expertpipe: trian: no such command; use train")
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "bench")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
 def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert f"usage: expertpipe {name}" in capsys.readouterr().out
@@ -115,7 +115,7 @@ class FakeTrain:
         self.calls: list[Any] = []
         stub(monkeypatch, "launcher.train", train=lambda config: self.calls.append(config) or 0)
         stub(monkeypatch, "launcher.local", run_local=lambda argv, **rest: self.calls.append((argv, rest)) or 75)
-        monkeypatch.setattr("launcher.check.check_data", lambda config: [])
+        monkeypatch.setattr("launcher.check.run.check_data", lambda config: [])
 
 
 def test_train_starts_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_user_errors_of_any_command(
     def fail(**arguments: Any) -> int:
         raise error
 
-    stub(monkeypatch, "launcher.generate", generate=fail)
+    stub(monkeypatch, "launcher.commands.generate", generate=fail)
     assert main(["generate", "--checkpoint", "c"]) == 2
     assert capsys.readouterr().err == line
 
@@ -184,10 +184,10 @@ def test_a_defect_keeps_its_traceback_and_an_interrupt_is_130(monkeypatch: pytes
     def interrupt(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    stub(monkeypatch, "launcher.bench", bench=defect)
+    stub(monkeypatch, "launcher.bench.step", bench_step_command=defect)
     with pytest.raises(ValueError, match="defect"):
         main(["bench", "step"])
-    stub(monkeypatch, "launcher.bench", bench=interrupt)
+    stub(monkeypatch, "launcher.bench.step", bench_step_command=interrupt)
     assert main(["bench", "step"]) == 130
 
 
@@ -197,9 +197,9 @@ def test_commands_hand_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> No
     def note(name: str) -> Any:
         return lambda *args, **kwargs: seen.update({name: args or kwargs}) or 0
 
-    stub(monkeypatch, "launcher.demo", demo=note("demo"))
-    stub(monkeypatch, "launcher.score", score=note("score"))
-    stub(monkeypatch, "launcher.checkpoint_commands", import_hf=note("import"), export_hf=note("export"))
+    stub(monkeypatch, "launcher.commands.demo", demo=note("demo"))
+    stub(monkeypatch, "launcher.commands.score", score=note("score"))
+    stub(monkeypatch, "launcher.checkpoint.hf_commands", import_hf=note("import"), export_hf=note("export"))
     stub(monkeypatch, "data.prepare", prepare=note("prepare"))
     assert main(["demo", "--corpus", "full"]) == 0
     assert main(["score", "--checkpoint", "c", "--tokens", "t.npy", "--json"]) == 0

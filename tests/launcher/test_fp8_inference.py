@@ -11,8 +11,8 @@ from model.fp8.config import FP8Config
 from model.fp8.linear import FP8Layer
 from model.init import initialise
 from model.transformer import Transformer
+from tests.launcher.checkpoint.test_state import write_checkpoint
 from tests.launcher.spine import MODEL
-from tests.launcher.test_checkpoint import write_checkpoint
 
 
 def test_scored_as_trained(tmp_path: Path) -> None:

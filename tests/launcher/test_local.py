@@ -17,7 +17,7 @@ PRELUDE = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launcher.recorder import Recorder, recorder_path
+from launcher.record.recorder import Recorder, recorder_path
 run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 recorder = Recorder(recorder_path(run_dir, rank))
 def ready(step=12, action="F stage 1 micro-batch 5"):

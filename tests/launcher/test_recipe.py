@@ -18,7 +18,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    from launcher.recipe_command import as_dict
+    from launcher.commands.recipe import as_dict
 
     return {phase.name: as_dict(phase) for phase in phases(compose(["experiment=deepseek_v3"]))}
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.check import checked
+from launcher.check.run import checked
 from launcher.config import ConfigError, RunConfig, compose
 from launcher.schedule_choice import choice, costs_of, memory_of, resolved
 from model.counts import counts

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launcher.build import build
-from launcher.checkpoint import checkpoints_dir, latest, load, save
+from launcher.checkpoint.state import checkpoints_dir, latest, load, save
 from launcher.config import RunConfig
 from launcher.runtime import process_group
 from launcher.step import train_step
@@ -22,8 +22,8 @@ from model.fp8.config import FP8Config
 from model.transformer import Transformer
 from tests.distributed import run_distributed
 from tests.launcher import spine
+from tests.launcher.checkpoint.test_state import VOCAB, prepared
 from tests.launcher.spine import STEPS, assemble, config, parallel_trace, pieces, plain_trace, write_tokens
-from tests.launcher.test_checkpoint import VOCAB, prepared
 
 EXACT = FP8Config(backend="oracle_exact", native=False)
 LIKE: dict[str, torch.Tensor] = dict(Transformer(spine.MODEL).named_parameters())

@@ -10,7 +10,7 @@ import torch
 from data.config import DataPhase
 from launcher import build as build_module
 from launcher.build import build, open_data
-from launcher.checkpoint import load, save
+from launcher.checkpoint.state import load, save
 from launcher.config import RunConfig, compose
 from launcher.continuation import begin_with
 from launcher.inference import InferenceError, load_model
@@ -19,8 +19,8 @@ from launcher.step import train_step
 from model.config import RopeScaling
 from optim.config import Segment
 from tests.distributed import run_distributed
+from tests.launcher.checkpoint.test_state import VOCAB, prepared
 from tests.launcher.spine import config, parallel_trace, plain_trace, write_tokens
-from tests.launcher.test_checkpoint import VOCAB, prepared
 from tests.launcher.test_spine import compare
 
 BATCHES, LENGTHS = (8, 12, 16), (16, 16, 32)  # of the three steps

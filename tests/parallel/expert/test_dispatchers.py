@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from launcher.check import check_choices
-from launcher.check_layout import check_nodes
+from launcher.check.layout import check_nodes
+from launcher.check.run import check_choices
 from launcher.config import compose
 from model.dispatch import LocalDispatcher
 from parallel.config import DISPATCHERS, ParallelConfig, wire_problems

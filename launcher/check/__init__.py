@@ -1,0 +1,1 @@
+"""What can be wrong in a run, found before any process starts: many small rules; no torch."""

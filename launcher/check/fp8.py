@@ -1,0 +1,85 @@
+"""What can be wrong with train.precision=fp8: the back end's version and machine, and sizes that it cannot do."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from launcher.check.layout import either
+from launcher.config import RunConfig
+from model.counts import parameter_shapes
+from model.fp8.config import (
+    ATTENTION_CACHES,
+    BACKENDS,
+    INPUT_CACHES,
+    SCALES,
+    TRANSFORMER_ENGINE_FROM,
+    TRANSFORMER_ENGINE_MULTIPLE,
+    TRANSFORMER_ENGINE_UNTIL,
+)
+
+CHOICES = {
+    "fp8.backend": BACKENDS,
+    "fp8.scales": SCALES,
+    "fp8.input_cache": INPUT_CACHES,
+    "fp8.attention_cache": ATTENTION_CACHES,
+}
+INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
+
+
+def check_fp8_words(config: RunConfig) -> list[str]:
+    """Words that choose an implementation are known ones; the floor is a number of 0 or more."""
+    found = []
+    for key, words in CHOICES.items():
+        value = getattr(config.fp8, key.partition(".")[2])
+        if value not in words:
+            found.append(f"{key}={value}: use {either(words)}")
+    if not 0 <= config.fp8.gradient_amax_floor < 1:
+        found.append(f"fp8.gradient_amax_floor={config.fp8.gradient_amax_floor:g}: use a number from 0 to 1, such as 0")
+    return found
+
+
+def check_transformer_engine(config: RunConfig) -> list[str]:
+    """Transformer Engine is there in a known version, a GPU is meant, and it can do what is asked."""
+    if config.train.precision != "fp8" or config.fp8.backend != "transformer_engine":
+        return []
+    found = []
+    key = "fp8.backend=transformer_engine"
+    needed = f"{TRANSFORMER_ENGINE_FROM} or newer, below {TRANSFORMER_ENGINE_UNTIL}"
+    try:
+        installed = version("transformer_engine")
+        if not _tuple(TRANSFORMER_ENGINE_FROM) <= _tuple(installed) < _tuple(TRANSFORMER_ENGINE_UNTIL):
+            found.append(f"{key}: Transformer Engine {installed} is installed, {needed} is needed: {INSTEAD}")
+    except PackageNotFoundError:
+        found.append(f"{key}: Transformer Engine is not installed ({needed} is needed): {INSTEAD}")
+    if config.train.device == "cpu":
+        found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {INSTEAD}")
+    found += [
+        f"{key} has no fp8.{name}={value}: use fp8.{name}={good}"
+        for name, value, good in (
+            ("attention_cache", config.fp8.attention_cache, "wide"),
+            ("input_cache", config.fp8.input_cache, "wide"),
+            ("recompute_swiglu", str(config.fp8.recompute_swiglu).lower(), "false"),
+        )
+        if value != good
+    ]
+    if config.fp8.gradient_amax_floor:
+        floor = config.fp8.gradient_amax_floor
+        found.append(f"{key} has no fp8.gradient_amax_floor={floor:g}: use fp8.gradient_amax_floor=0")
+    return found + _odd_sizes(config)
+
+
+def _odd_sizes(config: RunConfig) -> list[str]:
+    """Weights whose sizes its FP8 products cannot take, by name."""
+    least = TRANSFORMER_ENGINE_MULTIPLE
+    wide = ("embed_tokens", "lm_head", ".gate.")
+    for name, shape in parameter_shapes(config.model):
+        if len(shape) > 1 and not any(part in name for part in wide) and any(size % least for size in shape[-2:]):
+            sizes = " x ".join(map(str, shape[-2:]))
+            return [
+                f"fp8.backend=transformer_engine: {name} is {sizes}, its FP8 products take multiples of {least}: "
+                f"choose such sizes, or {INSTEAD.removeprefix('use ')}"
+            ]
+    return []
+
+
+def _tuple(text: str) -> tuple[int, ...]:
+    numbers = [part for part in text.split("+")[0].split(".") if part.isdecimal()]
+    return tuple(map(int, numbers))

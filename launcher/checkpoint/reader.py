@@ -1,0 +1,150 @@
+"""Read access to a checkpoint: nothing of it is believed before it is checked, and no file of it can run code."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from launcher.build import Progress
+from launcher.checkpoint.files import FORMAT, MANIFEST, CheckpointError, signed
+from launcher.checkpoint.tensor_file import FileRecord, file_record
+from launcher.config import RunConfig, from_dict
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".metadata")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder as plain JSON, its format and digest verified."""
+    file = path / MANIFEST
+    if file.is_symlink():
+        raise CheckpointError(f"{file} is a link: a checkpoint holds its own files")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest.get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error!r}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT}")
+    if manifest.get("digest") != signed(manifest)["digest"]:
+        raise CheckpointError(f"{file}: its content is not what its own digest says: the file is damaged")
+    return manifest
+
+
+def records_of(path: Path, manifest: dict[str, Any]) -> dict[str, FileRecord]:
+    """Files that the manifest names, each a plain file in the checkpoint's own folder or CheckpointError."""
+    try:
+        files = {str(name): FileRecord(**record) for name, record in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from None
+    for name in files:
+        file = path / name
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name or file.is_symlink():
+            raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is not a file in its own folder")
+        if file.suffix in PICKLES or name in PICKLES:
+            raise CheckpointError(f"{file} looks like a pickle, which can run code when it is opened: it is not read")
+    return files
+
+
+def require_whole(path: Path, name: str, record: FileRecord, *, hashes: bool = True, from_disk: bool = False) -> None:
+    """Raise CheckpointError unless the file is there with the manifest's size and (hashes) checksum."""
+    file = path / name
+    try:
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            found = "no" if size is None else size
+            raise CheckpointError(
+                f"{file}: {found} bytes where the manifest says {record.bytes}: the file is damaged{_step_of(file)}"
+            )
+        if hashes and file_record(file, from_disk=from_disk) != record:
+            raise CheckpointError(
+                f"{file}: its checksum is not the manifest's: the file is damaged or another step's{_step_of(file)}"
+            )
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _step_of(file: Path) -> str:
+    """What a shard says of itself, as far as its header is whole."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            step = (content.metadata() or {}).get("step")
+    except (SafetensorError, OSError):
+        return ""
+    return f" (it says that it is of step {step})" if step is not None else ""
+
+
+def verify(path: Path, *, share: int = 0, shares: int = 1) -> int:
+    """Check manifest, names, sizes and checksums; files number share, share + shares, ... are read. Bytes read.
+
+    Raises CheckpointError that names the file. With shares > 1 every process takes one share of the reading.
+    """
+    files = records_of(path, read_manifest(path))
+    total = 0
+    for number, (name, record) in enumerate(sorted(files.items())):
+        mine = number % shares == share
+        require_whole(path, name, record, hashes=mine)
+        total += record.bytes if mine else 0
+    return total
+
+
+class Reader:
+    """Read access to one checkpoint, by global name and range; each file is opened once, and verified before that.
+
+    verify: read every file's checksum too (sizes are always compared). Raises CheckpointError.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = read_manifest(path)
+        files = records_of(path, self.manifest)
+        try:
+            self.config: RunConfig = from_dict(self.manifest["config"])
+            self.progress = Progress(**self.manifest["progress"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from None
+        self._stretches: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for name, record in files.items():
+            require_whole(path, name, record, hashes=verify)
+            if name.endswith(".safetensors"):
+                self._index(path / name)
+        for stretches in self._stretches.values():
+            stretches.sort(key=lambda item: (item[0], item[1]))
+
+    def _index(self, file: Path) -> None:
+        try:
+            content: Any = safe_open(file, framework="pt")  # a map of the file, for as long as the reader lives
+            step = (content.metadata() or {}).get("step")
+            if step is not None and step != str(self.progress.step):
+                raise CheckpointError(f"{file} is of step {step}, the manifest of step {self.progress.step}")
+            for key in content.keys():  # noqa: SIM118 (not a dict)
+                kind, _, rest = key.partition("/")
+                tensor, _, offset = rest.rpartition("@")
+                (length,) = content.get_slice(key).get_shape()
+                self._stretches.setdefault((kind, tensor), []).append((int(offset), length, content, key))
+        except (SafetensorError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file} is not a shard of a checkpoint: {error}") from None
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether anything of a tensor is stored."""
+        return (kind, name) in self._stretches
+
+    def names(self, kind: str) -> Iterable[str]:
+        """Tensors of which something of this kind is stored."""
+        return [name for found, name in self._stretches if found == kind]
+
+    def read(self, kind: str, name: str, out: Tensor, *, offset: int = 0) -> None:
+        """Fill the flat tensor `out` with the elements of a global tensor from `offset` on."""
+        reached, end = offset, offset + out.numel()
+        # in order, so that stretches that overlap cannot make up for a gap
+        for start, length, content, key in self._stretches.get((kind, name), ()):
+            stop = min(start + length, end)
+            if start <= reached < stop:
+                out[reached - offset : stop - offset] = content.get_slice(key)[reached - start : stop - start]
+                reached = stop
+        if reached < end:
+            raise CheckpointError(f"{self.path}: {kind} of {name} lacks element {reached} of {offset} to {end}")

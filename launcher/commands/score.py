@@ -1,0 +1,116 @@
+"""`expertpipe score`: the loss of given token sequences under a checkpoint, and its logits if wanted."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launcher.checkpoint.state import Reader, find
+from launcher.inference import default_device, load_model, normed_states, token_losses
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+TOKENS_AT_ONCE = 4096  # of all sequences of one forward pass together
+
+
+class ScoreError(ValueError):
+    """The token ids cannot be scored; the message names the file, the place and what would work."""
+
+    user_error = True
+
+
+def score(
+    *, checkpoint: Path, tokens: Path, logits: Path | None = None, as_json: bool = False, ema: bool = False
+) -> int:
+    """Print the mean loss of each sequence in nats per predicted token (S - 1 of them); the exit code.
+
+    tokens: .npy of integer ids [num_sequences, S]. logits: file to write the logits to, .npy FP32
+    [num_sequences, S, vocab]. as_json: one JSON object on one line. The arithmetic is in the precision of the
+    checkpoint's run. Raises ScoreError for ids that do not fit and CheckpointError for a bad checkpoint.
+    """
+    found = find(checkpoint)
+    ids_NS = read_ids(tokens)
+    check_ids(ids_NS, Reader(found, verify=False).config.model, tokens)
+    model = load_model(found, device=default_device(), ema=ema)
+    losses_N = score_ids(model, ids_NS, logits)
+    num_sequences, sequence_length = ids_NS.shape
+    mean = float(losses_N.mean())
+    if as_json:
+        result = {
+            "losses": losses_N.tolist(),
+            "mean": mean,
+            "num_sequences": num_sequences,
+            "sequence_length": sequence_length,
+            "checkpoint": str(found),
+            "ema": ema,
+        }
+        print(json.dumps(result))
+        return 0
+    print(f"{found}: {num_sequences} sequences of {sequence_length} tokens\n")
+    print("sequence  nats/token")
+    for number, loss in enumerate(losses_N):
+        print(f"{number:8d}  {loss:10.6f}")
+    print(f"    mean  {mean:10.6f}")
+    return 0
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Integer array [num_sequences, S] of an .npy file; ScoreError for anything else. Nothing in it is executed."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise ScoreError(f"{path}: not an .npy file of integers ({error})") from None
+    wanted = "score needs integer ids [num_sequences, S]"
+    if not isinstance(ids, np.ndarray):
+        raise ScoreError(f"{path}: holds several arrays (.npz); {wanted} in an .npy file")
+    if ids.dtype.kind not in "iu":
+        raise ScoreError(f"{path}: holds {ids.dtype}; {wanted}")
+    if ids.ndim != 2:
+        raise ScoreError(f"{path}: shape {list(ids.shape)}; {wanted}")
+    return ids
+
+
+def check_ids(ids_NS: np.ndarray, config: ModelConfig, path: Path) -> None:
+    """Raise ScoreError unless the model can read the ids and there is something to predict."""
+    num_sequences, length = ids_NS.shape
+    limit = config.max_position_embeddings
+    if num_sequences < 1 or length < 2:
+        raise ScoreError(f"{path}: shape {list(ids_NS.shape)}; at least 1 sequence of at least 2 tokens can be scored")
+    if length > limit:
+        raise ScoreError(f"{path}: sequences of {length} tokens; the model's max_position_embeddings is {limit}")
+    bad = np.argwhere((ids_NS < 0) | (ids_NS >= config.vocab_size))
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ScoreError(
+            f"{path}: id {ids_NS[row, column]} at sequence {row}, position {column}: ids must be at least 0 and below "
+            f"the model's vocab_size {config.vocab_size} ({len(bad)} such ids)"
+        )
+
+
+def score_ids(model: Transformer, ids_NS: np.ndarray, logits: Path | None = None) -> np.ndarray:
+    """Mean loss of each sequence, float64 [N], in nats per predicted token; see `score` for `logits`."""
+    num_sequences, length = ids_NS.shape
+    step = max(1, TOKENS_AT_ONCE // length)
+    losses_N = np.empty(num_sequences)
+    shape = (num_sequences, length, model.config.vocab_size)
+    temporary = logits.with_name(f".{logits.name}.tmp") if logits else None
+    # written through a memory map: the logits of all sequences may be larger than memory
+    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape) if temporary else None
+    for first in range(0, num_sequences, step):
+        part = slice(first, first + step)
+        tokens_BS = torch.from_numpy(ids_NS[part].astype(np.int64))
+        normed_BSD = normed_states(model, tokens_BS)
+        losses_BS = token_losses(model, normed_BSD[:, :-1], tokens_BS[:, 1:])
+        losses_N[part] = losses_BS.double().mean(1).cpu().numpy()
+        if out is not None:
+            assert model.lm_head is not None
+            with torch.no_grad():
+                out[part] = model.lm_head(normed_BSD).float().cpu().numpy()
+    if out is not None and temporary is not None and logits is not None:
+        out.flush()
+        os.replace(temporary, logits)
+    return losses_N

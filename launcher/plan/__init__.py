@@ -1,0 +1,1 @@
+"""`expertpipe plan`: words in, tables and pictures out; the planner itself is `parallel/plan`."""

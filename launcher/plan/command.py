@@ -1,0 +1,126 @@
+"""`expertpipe plan`: what a run will cost, hold and take, without a GPU and without torch."""
+
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from launcher.plan.inputs import job_of
+from parallel.plan.advice import Change, bound_by, changes
+from parallel.plan.recipe import Hours, hours
+from parallel.plan.step import Plan, plan
+
+
+def plan_command(argv: list[str]) -> int:
+    """Runs the command; the exit code."""
+    parser = _parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.validate:
+        from launcher.plan.validate import validate_command
+
+        return validate_command(as_json=args.json, trace=args.trace)
+    if not args.overrides:
+        parser.error("name a run, such as experiment=deepseek_v3_2048_h800, or --validate")
+    job = job_of(args)
+    if args.search:
+        from launcher.plan.search import search_command
+
+        return search_command(job, as_json=args.json)
+    if args.simulate_cluster:
+        from launcher.plan.cluster import cluster_command
+
+        return cluster_command(job, as_json=args.json)
+    found = plan(job)
+    cost = hours(found, price_per_hour=args.price)
+    helps = changes(found)
+    if args.json:
+        print(json.dumps(as_tree(found, cost, helps)))
+    else:
+        from launcher.plan.text import text
+
+        print(text(found, cost, helps))
+    _pictures(found, args.html, args.perfetto, quiet=args.json)
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="expertpipe plan",
+        description="Parameters, memory of every pipeline rank, time of a step and cost of a run before it starts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as experiment=deepseek_v3_2048_h800")
+    parser.add_argument("--cluster", default="h800", metavar="NAME", help="h800, h100, h200 or a YAML file")
+    parser.add_argument("--precision", choices=("fp8", "bf16", "fp32"), help="in place of train.precision")
+    parser.add_argument("--as-published", action="store_true", help="with the engine of the report: FP8, once a node")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour (default: the cluster's)")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="calibrate from a PyTorch profiler trace of a pair")
+    parser.add_argument("--calibration", metavar="FILE", help="factors of kernel classes; none: first principles")
+    parser.add_argument("--json", action="store_true", help="one JSON object, or one row a line")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the step as a page")
+    parser.add_argument("--perfetto", type=Path, metavar="FILE", help="the step as a trace for ui.perfetto.dev")
+    parser.add_argument("--validate", action="store_true", help="predictions against published figures")
+    parser.add_argument("--search", action="store_true", help="legal layouts, the fastest that fits first")
+    parser.add_argument("--simulate-cluster", action="store_true", help="all ranks of the run in this process")
+    return parser
+
+
+def as_tree(found: Plan, cost: Hours, helps: list[Change]) -> dict[str, Any]:
+    """The plan as JSON has it; seconds, bytes and dollars."""
+    numbers, job = found.parameters, found.job
+    return {
+        "parameters": {"main": numbers.main, "active": numbers.active, "mtp": numbers.mtp},
+        "gpus": job.num_gpus,
+        "cluster": job.hardware.name,
+        "precision": job.precision,
+        "schedule": found.schedule.name,
+        "layers_per_stage": [len(stage) for stage in found.stages],
+        "calibration": job.calibration.source,
+        "step_seconds": found.step_seconds,
+        "phases_seconds": found.split.rows(),
+        "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,
+        "tokens_per_day": found.tokens_per_second_per_gpu * job.num_gpus * 86400,
+        "mfu_causal": found.mfu_causal,
+        "mfu_full": found.mfu_full,
+        "memory_bytes_per_rank": [memory.total for memory in found.memory],
+        "memory_by_kind": [memory.rows() for memory in found.memory],
+        "fullest_rank": found.fullest_rank,
+        "fits": found.fits,
+        "gpu_hours": cost.total,
+        "gpu_hours_pretraining": cost.pretraining,
+        "gpu_hours_extensions": list(cost.extensions),
+        "days": cost.days,
+        "dollars": cost.dollars,
+        "bound_by": bound_by(found),
+        "changes": [
+            {"what": c.what, "step_seconds": c.step_seconds, "saved_seconds": c.saved_seconds, "fits": c.fits}
+            for c in helps
+        ],
+    }
+
+
+def _pictures(found: Plan, html: Path | None, perfetto: Path | None, *, quiet: bool) -> None:
+    if html is None and perfetto is None:
+        return
+    from launcher.show.schedule_picture import spans, ways
+
+    rows = spans(found.schedule, found.timeline.ranks)
+    if html is not None:
+        from launcher.show.timeline_html import timeline_html
+
+        job = found.job
+        timeline_html(
+            rows,
+            html,
+            title=f"{found.schedule.name}: pipeline of {job.parallel.pipeline}, {job.num_gpus} {job.hardware.name}",
+            subtitle=f"step {found.step_seconds:.2f} s, idle {found.split.bubble / found.step_seconds:.1%}, "
+            f"{found.tokens_per_second_per_gpu:.0f} tokens/s/GPU",
+            time_label="time, s",
+            ways=ways(found.schedule),
+        )
+    if perfetto is not None:
+        from launcher.show.timeline_trace import write_trace
+
+        write_trace([("plan", rows)], perfetto, us_per_unit=1e6)
+    if not quiet:
+        print("\n".join(f"wrote {file}" for file in (html, perfetto) if file is not None))

@@ -1,0 +1,105 @@
+"""From the words of `expertpipe plan` to a `Job`: the run, the cluster and the calibration. No torch."""
+
+import difflib
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.check.run import RULES
+from launcher.config import ConfigError, RunConfig, draft
+from launcher.schedule_choice import resolved
+from launcher.step_plan import StepPlan
+from parallel.plan import calibration
+from parallel.plan.feasible import problems
+from parallel.plan.hardware import Hardware, HardwareError, read
+from parallel.plan.job import Job
+from parallel.plan.kernels import Calibration
+
+CALIBRATION = "h800_overlap_trace.json"  # measured on the chip that H800, H100 and H200 share
+
+
+def folder() -> Path:
+    """configs/cluster."""
+    import configs
+
+    return Path(next(iter(configs.__path__))).resolve() / "cluster"
+
+
+def hardware_of(name: str) -> Hardware:
+    """A cluster by its name, or from a YAML file; HardwareError with the nearest name."""
+    if name.endswith((".yaml", ".yml")):
+        return read(Path(name))
+    known = sorted(path.stem for path in folder().glob("*.yaml"))
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise HardwareError(f"--cluster {name}: no such GPU; use {', '.join(known)} or a YAML file of your own{meant}")
+    return read(folder() / f"{name.lower()}.yaml")
+
+
+def config_of(overrides: list[str]) -> RunConfig:
+    """The run, checked as for training but for this machine's device and data."""
+    result = draft(overrides)
+    errors = list(result.errors)
+    if result.config is not None:
+        stale = tuple(f"{key}=" for key in result.bad_keys)
+        rules = [rule for rule in RULES if rule.__name__ != "check_device"]
+        found = [message for rule in rules for message in rule(result.config)]
+        errors += [message for message in found if not any(key in message for key in stale)]
+    if errors or result.config is None:
+        raise ConfigError(list(dict.fromkeys(errors)))
+    return resolved(result.config)
+
+
+def job_of(args: Namespace) -> Job:
+    """What is to be planned; every problem with it at once."""
+    config = config_of(args.overrides)
+    hardware = hardware_of(args.cluster)
+    *before, constant = StepPlan(config).stretches(config.train.steps)
+    growing = [s for s in before if s.step.batch < constant.step.batch]
+    job = Job(
+        model=config.model,
+        parallel=config.parallel,
+        hardware=hardware,
+        sequence_length=constant.step.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=constant.step.batch,
+        precision=args.precision or config.train.precision,
+        tokens=float(constant.end_tokens),
+        ramp=tuple((s.step.batch, float(s.end_tokens - s.first_tokens)) for s in growing),
+        moments_bytes=2 if config.optim.moments == "bf16" else 4,
+    )
+    if args.as_published:
+        job = as_published(job)
+    found = problems(job)
+    if found:
+        raise ConfigError(found)
+    return replace(job, calibration=calibration_of(args, job))
+
+
+def as_published(job: Job) -> Job:
+    """The report's engine: FP8, rows once a node in FP8, chunks without a partner not overlapped."""
+    parallel = replace(
+        job.parallel, dispatcher="collective", dispatch_wire="fp8", dispatch_grad_wire="fp8", overlap="pairs",
+        recompute="none",
+    )  # fmt: skip
+    return replace(job, parallel=parallel, precision="fp8", bare=True)
+
+
+def calibration_of(args: Namespace, job: Job) -> Calibration:
+    """From a trace, from a file, none, or the one that comes with expertpipe."""
+    if args.trace is not None:
+        parallel = job.parallel
+        per_node = min(parallel.expert, parallel.ranks_per_node or job.hardware.gpus_per_node)
+        tokens = job.micro_batch_size * job.sequence_length
+        shape = calibration.trace_shape(job.model, tokens=tokens, expert=parallel.expert, ranks_per_node=per_node)
+        found = calibration.of_trace(args.trace, shape, job.hardware)
+        return replace(found, training=shipped().training)
+    if args.calibration == "none":
+        return Calibration()
+    return calibration.read(Path(args.calibration))[0] if args.calibration else shipped()
+
+
+def shipped() -> Calibration:
+    """The calibration file in configs/cluster/calibration."""
+    return calibration.read(folder() / "calibration" / CALIBRATION)[0]

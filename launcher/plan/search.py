@@ -1,0 +1,66 @@
+"""`expertpipe plan --search`: layouts that fit, the fastest first, and why the others are none."""
+
+import json
+
+from launcher.plan.text import wrapped
+from parallel.plan.job import Job
+from parallel.plan.search import Candidate, Found, search
+
+SHOWN = 8
+
+
+def search_command(job: Job, *, as_json: bool) -> int:
+    """Prints what was found; 1 if nothing fits."""
+    found = search(job)
+    if as_json:
+        print(json.dumps(as_tree(found)))
+    else:
+        print("\n".join(text(found)))
+    return int(not found.candidates)
+
+
+def as_tree(found: Found) -> dict[str, object]:
+    """As JSON has it."""
+    return {
+        "looked_at": found.looked_at,
+        "layouts": [_row(candidate) for candidate in found.candidates],
+        "rejected": [
+            {"reason": kind, "number": number, "example": found.rejections.example[kind]}
+            for kind, number in sorted(found.rejections.number.items(), key=lambda item: -item[1])
+        ],
+        "smallest_gpus": found.smallest_gpus,
+    }
+
+
+def _row(candidate: Candidate) -> dict[str, object]:
+    p = candidate.job.parallel
+    return {
+        "pipeline": p.pipeline, "data": p.data, "expert": p.expert, "schedule": p.schedule, "recompute": p.recompute,
+        "micro_batch_size": candidate.job.micro_batch_size, "memory_bytes": candidate.memory_bytes,
+        "step_seconds": candidate.step_seconds, "weighed_seconds": candidate.weighed,
+        "tokens_per_second_per_gpu": candidate.tokens_per_second_per_gpu, "overrides": candidate.words(),
+    }  # fmt: skip
+
+
+def text(found: Found) -> list[str]:
+    """At most 80 columns."""
+    lines = [f"{found.looked_at} layouts, {len(found.candidates)} fit"]
+    if found.candidates:
+        lines.append("  PP  data    EP schedule  micro recompute   GiB   step s  tokens/s/GPU")
+    for c in found.candidates[:SHOWN]:
+        p = c.job.parallel
+        seconds = "weighed" if c.step_seconds is None else f"{c.step_seconds:.2f}"
+        lines.append(
+            f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule:<9}{c.job.micro_batch_size:6} {p.recompute:<9}"
+            f"{c.memory_bytes / 2**30:6.1f}{seconds:>9}{c.tokens_per_second_per_gpu:14,.0f}"
+        )
+    if found.candidates:
+        lines += ["", *wrapped(found.candidates[0].words())]
+    elif found.smallest_gpus:
+        lines.append(f"nothing fits; the smallest count of GPUs on which something does is {found.smallest_gpus}")
+    else:
+        lines.append("nothing fits on any count of GPUs that was tried: shorter sequences, or a GPU with more memory")
+    lines.append("")
+    for kind, number in sorted(found.rejections.number.items(), key=lambda item: -item[1]):
+        lines += wrapped(f"{number} {kind}: {found.rejections.example[kind]}")
+    return lines

@@ -1,0 +1,71 @@
+"""`expertpipe plan --validate`: predictions against published figures, each with its bar."""
+
+import json
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.config import compose
+from launcher.plan.inputs import CALIBRATION, as_published, folder, hardware_of, shipped
+from parallel.plan import calibration
+from parallel.plan.job import Job
+from parallel.plan.published import Row, rows
+from parallel.plan.trace import read_trace
+
+EXPERIMENT = "deepseek_v3_2048_h800"
+TRACE_TOKENS, TRACE_EXPERT, TRACE_LAYERS = 4096, 64, 4
+
+
+def validate_command(*, as_json: bool, trace: Path | None) -> int:
+    """Prints the rows; 0 whether or not all hold, as a row that does not is a finding rather than a fault."""
+    found = all_rows(trace)
+    if as_json:
+        for row in found:
+            print(json.dumps(row.tree()))
+        return 0
+    print(f"{'check':<34}{'published':>11}{'predicted':>11}{'error':>8}{'bar':>6}  holds")
+    for row in found:
+        print(
+            f"{row.check:<34}{number(row.published):>11}{number(row.predicted):>11}{row.relative_error:>+8.1%}"
+            f"{row.bar:>6.0%}  {'yes' if row.holds else 'NO'}"
+        )
+        if row.effect and (not row.holds or abs(row.relative_error) > 0.5 * row.bar or "factor" in row.effect):
+            print("\n".join(textwrap.wrap(row.effect, 76, initial_indent="    ", subsequent_indent="    ")))
+    return 0
+
+
+def all_rows(trace: Path | None = None) -> list[Row]:
+    """Rows of the published run; trace: the profile itself, else what of it the calibration file keeps."""
+    job = published_job()
+    shape = calibration.trace_shape(job.model, tokens=TRACE_TOKENS, expert=TRACE_EXPERT, ranks_per_node=8)
+    if trace is not None:
+        measured = read_trace(trace, layers=TRACE_LAYERS, local_experts=shape.local_experts)
+        fresh = calibration.of_trace(trace, shape, job.hardware, layers=TRACE_LAYERS)
+        job = replace(job, calibration=replace(fresh, training=job.calibration.training))
+        return rows(job, shape, measured.classes, measured.seconds)
+    _, tree = calibration.read(folder() / "calibration" / CALIBRATION)
+    classes, seconds = tree["class_seconds"], tree["pair_seconds"]
+    assert isinstance(classes, dict) and isinstance(seconds, float)
+    return rows(job, shape, classes, seconds)
+
+
+def published_job() -> Job:
+    """DeepSeek-V3 on 2,048 H800 with the engine of the report, calibrated as shipped."""
+    config = compose([f"experiment={EXPERIMENT}"])
+    job = Job(
+        model=config.model,
+        parallel=config.parallel,
+        hardware=hardware_of("h800"),
+        sequence_length=4096,
+        micro_batch_size=1,
+        global_batch_size=15360,
+        precision="fp8",
+        tokens=14.8e12,
+        calibration=shipped(),
+    )
+    return as_published(job)
+
+
+def number(value: float) -> str:
+    """Four figures, with thousands where there are any."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

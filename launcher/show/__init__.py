@@ -1,0 +1,1 @@
+"""Pictures and terminal views: curves, schedules in time, progress."""

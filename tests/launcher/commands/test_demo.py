@@ -1,0 +1,38 @@
+"""The demonstration from nothing, and again: it resumes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KEYS = {
+    "steps", "tokens", "loss_first", "loss_last", "heldout_bits_per_byte", "unigram_bits_per_byte", "xz_bits_per_byte",
+    "world_size", "schedule", "layout", "tokens_per_second", "checkpoint",
+}  # fmt: skip
+
+
+def demo(folder: Path, steps: int) -> tuple[str, dict[str, object]]:
+    command = [sys.executable, "-m", "launcher", "demo", f"train.steps={steps}", "train.global_batch_size=16"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads((folder / "runs/demo/summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_demo_trains_reports_and_resumes(tmp_path: Path) -> None:
+    """Few steps: what is held is that all of it is there and learning has begun, not how far it went."""
+    _, first = demo(tmp_path, 6)
+    assert first.keys() >= KEYS
+    assert (first["steps"], first["world_size"], first["schedule"]) == (6, 4, "dualpipe")
+    assert first["tokens"] == 6 * 16 * 256
+    assert float(str(first["loss_last"])) < float(str(first["loss_first"])) < 9
+    assert 0 < float(str(first["xz_bits_per_byte"])) < float(str(first["unigram_bits_per_byte"])) < 8
+    for picture in ("loss.png", "schedule.png"):
+        assert (tmp_path / "runs/demo" / picture).stat().st_size > 10_000
+    printed, second = demo(tmp_path, 8)
+    assert "resumed after step 6" in printed
+    assert (second["steps"], second["loss_first"]) == (8, first["loss_first"])

@@ -1,0 +1,99 @@
+"""Samples travel from the FP8 layers of all ranks into the event log and from there into the report and its picture."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.__main__ import main
+from launcher.record.events import EventLog, StepEvent, read
+from launcher.step import NonFiniteError
+from model.fp8.apply import fp8_linears
+from model.fp8.config import FP8Config
+from model.transformer import Transformer
+from tests.distributed import run_distributed
+from tests.launcher.spine import MODEL, config, write_tokens
+
+ROWS = (
+    ("layers.0.self_attn.o_proj", "input", 2.0, 0.0, 0.0, 0.027),
+    ("layers.3.mlp.experts.down_proj", "gradient", 1e-3, 0.0, 0.25, 0.31),
+    ("mtp.0.eh_proj", "weight", 0.1, 0.0, 0.0, 0.026),
+)
+
+
+def event(step: int, **keys: Any) -> StepEvent:
+    return StepEvent(
+        step=step, tokens=step, loss=1.0, mtp_loss=None, lr=0.1, grad_norm=1.0, tokens_per_second=1.0,
+        step_seconds=1.0, expert_load_max_over_mean=1.0, **keys,
+    )  # fmt: skip
+
+
+def log_of(folder: Path, *events: StepEvent) -> Path:
+    with EventLog(folder / "events.jsonl") as log:
+        for one in events:
+            log.append(one)
+    return folder
+
+
+def test_worst_tensor_comes_first_and_nothing_is_wider_than_a_terminal(tmp_path: Path, capsys: Any) -> None:
+    run = log_of(tmp_path, event(1), event(2, fp8=ROWS), event(3))
+    assert read(run / "events.jsonl")[1].fp8 == ROWS
+    assert main(["fp8-report", str(run), "--png"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    worst = out[out.index("worst     ") :].splitlines()[1]
+    assert "layers.3.mlp.experts.down_proj" in worst and "3.1e-01" in worst and "2.5e-01" in worst
+    assert (run / "fp8.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_and_a_tensor_that_is_not_finite(tmp_path: Path, capsys: Any) -> None:
+    bad = ("layers.1.self_attn.kv_b_proj", "input", math.inf, 0.0, 0.0, math.nan)
+    run = log_of(tmp_path, event(2, fp8=(*ROWS, bad)))
+    assert main(["fp8-report", str(run), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["samples"]) == 4
+    assert main(["fp8-report", str(run)]) == 0
+    assert "not finite first: input of layers.1.self_attn.kv_b_proj in step 2" in capsys.readouterr().out
+
+
+def test_without_samples_it_says_how_to_get_them(tmp_path: Path, capsys: Any) -> None:
+    assert main(["fp8-report", str(log_of(tmp_path, event(1)))]) == 2
+    assert "fp8.watch_every=10" in capsys.readouterr().err
+
+
+def steps(run_config: Any) -> list[Any]:
+    """One rank: samples of two steps, then the message of a step whose third layer has an infinite weight."""
+    from launcher.build import build
+    from launcher.runtime import process_group
+    from launcher.step import train_step
+
+    with process_group(run_config.train) as process:
+        run = build(run_config, process)
+        found: list[Any] = [train_step(run).fp8, train_step(run).fp8]
+        for stage in run.model.stages.values():
+            for name, weight in stage.named_parameters():
+                if name == "layers.2.self_attn.q_a_layernorm.weight":
+                    weight.data[3] = math.inf
+        before = [bucket.master.clone() for bucket in run.zero1.buckets]
+        with pytest.raises(NonFiniteError) as caught:
+            train_step(run)
+        same = all(torch.equal(b.master, old) for b, old in zip(run.zero1.buckets, before, strict=True))
+        return [*found, str(caught.value), same]
+
+
+def test_every_rank_has_every_tensor_and_a_bad_step_changes_nothing(tmp_path: Path) -> None:
+    base = config(
+        write_tokens(str(tmp_path / "tokens")), pipeline=2, expert=1, data=1, schedule="1f1b", layers=(3, 3),
+        microbatches=2,
+    )  # fmt: skip
+    fp8 = FP8Config(native=False, watch_every=2)
+    ranks = run_distributed(2, steps, replace(base, train=replace(base.train, precision="fp8"), fp8=fp8))
+    names = set(fp8_linears(Transformer(MODEL)))
+    for first, second, _, same in ranks:
+        assert first is None
+        assert {row.layer for row in second} == names and second == ranks[0][1]
+        assert same, "weights moved in a step that is not finite"
+    assert all("FP8 read" in rank[2] and "input of layers.2.self_attn.q_b_proj" in rank[2] for rank in ranks)

@@ -1,0 +1,84 @@
+"""The map names every weight of a run, agrees with what the layers do, and fits a terminal."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.__main__ import main
+from launcher.commands.precision import chosen
+from launcher.config import compose
+from model.config import ModelConfig
+from model.counts import block_shapes
+from model.fp8.apply import apply_fp8, fp8_linears
+from model.fp8.config import FP8Config
+from model.fp8.linear import FP8Layer
+from model.fp8.precision_map import Precision, precision_map
+from model.transformer import Transformer
+from tests.launcher.spine import MODEL
+
+
+def test_the_big_model_fits_a_terminal(capsys: Any) -> None:
+    assert main(["precision", "experiment=deepseek_v3_2048_h800", "train.device=auto", "train.precision=fp8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[:4] == ["input", "kept", "E5M6", "1x128"] for line in lines)
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; from launcher.__main__ import main; main(['precision', 'experiment=tiny']); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_json_has_every_row(capsys: Any) -> None:
+    assert main(["precision", "experiment=tiny", "train.precision=fp8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    run = compose(["experiment=tiny", "train.precision=fp8"])
+    assert len(found["rows"]) == len(precision_map(run.model, chosen(run)))
+    assert {"layer", "module", "tensor", "use", "format", "tile", "scale", "per", "bytes"} <= found["rows"][0].keys()
+
+
+def fp8_modules(model: ModelConfig, fp8: FP8Config) -> set[str]:
+    rows = precision_map(model, Precision("fp8", fp8))
+    return {row.module for row in rows if row.use == "Wgrad" and row.format == "E4M3"}
+
+
+def test_the_map_and_the_model_agree_on_what_is_in_fp8() -> None:
+    model = Transformer(MODEL)
+    inside = {
+        name.split(".", 2)[2].removeprefix("mlp.").removeprefix("self_attn.")
+        for name in fp8_linears(model)
+        if name.startswith("layers.")
+    }
+    assert fp8_modules(MODEL, FP8Config()) == inside | {"eh_proj"}
+
+
+def test_every_parameter_of_a_layer_is_there() -> None:
+    rows = precision_map(MODEL, Precision("bf16", FP8Config()))
+    shown = {row.module or row.tensor for row in rows if row.layer == "MoE layer"}
+    names = {n.removesuffix(".weight").removeprefix("mlp.").removeprefix("self_attn.") for n, _ in
+             block_shapes(MODEL, moe=True)}  # fmt: skip
+    assert {"router" if name == "gate.proj" else name for name in names} <= shown
+
+
+@pytest.mark.parametrize("keys", [{}, {"input_cache": "wide", "attention_cache": "fp8"}, {"scales": "fp32"}])
+def test_bytes_of_what_is_kept_are_those_of_the_tensors(keys: dict[str, Any]) -> None:
+    fp8 = FP8Config(native=False, recompute_swiglu=False, **keys)
+    model = Transformer(MODEL)
+    apply_fp8(model, fp8)
+    rows = {row.module: row for row in precision_map(MODEL, Precision("fp8", fp8))
+            if row.layer == "dense layer" and row.use == "kept" and row.tensor == "input"}  # fmt: skip
+    assert len(rows) == 7
+    for name, row in rows.items():
+        linear = next(layer for full, layer in fp8_linears(model).items() if full.endswith(f"0.self_attn.{name}")
+                      or full.endswith(f"0.mlp.{name}"))  # fmt: skip
+        assert isinstance(linear.fp8, FP8Layer)
+        tokens = 256  # whole tiles of 128x1
+        kept, _ = linear.fp8.take_input(torch.randn(tokens, linear.weight.shape[1]), (tokens,))
+        assert kept.num_bytes == tokens * row.bytes, name

@@ -1,0 +1,168 @@
+"""Losses and logits of `score` are those of a direct computation; what cannot be scored is said in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.tokens import TokenWriter
+from launcher.__main__ import main
+from launcher.checkpoint.state import checkpoints_dir
+from launcher.commands.score import TOKENS_AT_ONCE
+from launcher.inference import InferenceError, heldout_nats, load_model
+from model.transformer import Transformer
+from tests.launcher.checkpoint.test_state import whole_config, write_checkpoint
+from tests.model.reference import TINY, build
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return build(TINY).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def run_dir(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_checkpoint(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    """More sequences than go through the model at once, the last batch smaller."""
+    shape = (TOKENS_AT_ONCE // 96 + 7, 96)
+    return np.random.default_rng(0).integers(0, TINY.vocab_size, shape).astype(np.uint16)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "launcher", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+
+
+def test_losses_and_logits_equal_a_direct_computation(
+    model: Transformer, run_dir: Path, ids: np.ndarray, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "ids.npy", ids)
+    result = cli(
+        "score", "--checkpoint", str(run_dir), "--tokens", str(tmp_path / "ids.npy"),
+        "--logits", str(tmp_path / "out.npy"), "--json",
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    scored: dict[str, Any] = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    expected = model.logits(tokens)
+    logits = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert logits.dtype == np.float32 and logits.shape == (*ids.shape, TINY.vocab_size)
+    assert np.abs(logits - expected.numpy()).max() < 2e-5
+    losses = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    per_sequence = losses.view(len(ids), -1).double().mean(1)
+    assert scored.keys() == {"losses", "mean", "num_sequences", "sequence_length", "checkpoint", "ema"}
+    assert np.abs(np.array(scored["losses"]) - per_sequence.numpy()).max() < 2e-6
+    assert abs(scored["mean"] - per_sequence.mean().item()) < 1e-6
+    assert (scored["num_sequences"], scored["sequence_length"]) == ids.shape
+    assert scored["checkpoint"] == str(checkpoints_dir(whole_config(TINY, run_dir)) / "step-00000007")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "out.npy"]
+
+
+def test_the_table_has_a_line_for_each_sequence(
+    run_dir: Path, ids: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "ids.npy", ids[:3].astype(np.int64))
+    checkpoint = run_dir / "checkpoints" / "step-00000007"
+    assert main(["score", "--checkpoint", str(checkpoint), "--tokens", str(tmp_path / "ids.npy")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("3 sequences of 96 tokens")
+    assert [line.split()[0] for line in lines[3:]] == ["0", "1", "2", "mean"]
+    losses = [float(line.split()[1]) for line in lines[3:]]
+    assert abs(np.mean(losses[:3]) - losses[3]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros(5, np.int64), "shape [5]; score needs integer ids [num_sequences, S]"),
+        (np.zeros((2, 3, 4), np.int64), "shape [2, 3, 4]"),
+        (np.zeros((2, 8)), "holds float64; score needs integer ids"),
+        (np.zeros((2, 8), bool), "holds bool"),
+        (
+            np.array([[1, 2], [3, 512]]),
+            "id 512 at sequence 1, position 1: ids must be at least 0 and below the model's",
+        ),
+        (np.array([[1, -1], [3, 600]]), "id -1 at sequence 0, position 1"),
+        (np.zeros((1, 257), np.int32), "sequences of 257 tokens; the model's max_position_embeddings is 256"),
+        (np.zeros((4, 1), np.int32), "at least 2 tokens"),
+        (np.zeros((0, 8), np.int32), "at least 1 sequence"),
+        (np.array([[{}, 2], [3, 4]], dtype=object), "not an .npy file of integers"),
+        (b"PK no array", "not an .npy file of integers"),
+        (b"", "not an .npy file of integers"),
+        (None, "no such file"),
+    ],
+)
+def test_bad_ids_are_one_line(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], array: np.ndarray | bytes | None, said: str
+) -> None:
+    path = tmp_path / "ids.npy"
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    elif array is not None:
+        np.save(path, array, allow_pickle=True)
+    code = main(["score", "--checkpoint", str(run_dir), "--tokens", str(path), "--logits", str(tmp_path / "out.npy")])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1 and str(path) in err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_mistakes_end_the_program_with_2_and_no_traceback(run_dir: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.full((1, 4), 512))
+    for checkpoint in (run_dir, tmp_path):
+        result = cli("score", "--checkpoint", str(checkpoint), "--tokens", str(tmp_path / "ids.npy"))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("expertpipe: ") and result.stderr.count("\n") == 1
+
+
+def test_heldout_loss_predicts_every_token_but_the_first(model: Transformer, run_dir: Path, tmp_path: Path) -> None:
+    """Windows of 24 share one token; the last has 7 targets."""
+    tokens = np.random.default_rng(1).integers(0, TINY.vocab_size, 1 + 5 * 24 + 7).astype(np.uint16)
+    with TokenWriter(tmp_path / "t", "uint16") as writer:
+        writer.add(tokens[:50])
+        writer.add(tokens[50:])
+    nats, predicted = heldout_nats(load_model(run_dir), tmp_path / "t", 24, 2)
+    assert predicted == len(tokens) - 1 == 127
+    total = 0.0
+    for start in range(0, predicted, 24):
+        window = torch.from_numpy(tokens[start : start + 25].astype(np.int64))
+        logits = model.logits(window[None, :-1])[0]
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert abs(nats - total / predicted) < 2e-6
+
+
+def test_heldout_data_must_fit_the_model(model: Transformer, tmp_path: Path) -> None:
+    for name, tokens in (("long", np.zeros(300)), ("alien", np.array([3, 512, 4])), ("short", np.zeros(1))):
+        with TokenWriter(tmp_path / name, "uint16") as writer:
+            writer.add(tokens.astype(np.uint16))
+    for name, said in (("long", "max_position_embeddings is 256"), ("alien", "vocab_size is 512"), ("short", "2")):
+        with pytest.raises(InferenceError, match=said):
+            heldout_nats(model, tmp_path / name, 257, 1)
+
+
+def test_ema_reaches_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.__main__ import main
+    from launcher.commands import score as module
+
+    taken: list[dict[str, object]] = []
+    monkeypatch.setattr(module, "score", lambda **arguments: taken.append(arguments) or 0)
+    for flags in ([], ["--ema"]):
+        assert main(["score", "--checkpoint", "a", "--tokens", "b.npy", *flags]) == 0
+    assert [arguments["ema"] for arguments in taken] == [False, True]

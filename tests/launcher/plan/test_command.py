@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.plan.inputs import hardware_of
+from parallel.plan.hardware import HardwareError
+
+KEYS = {
+    "parameters", "step_seconds", "phases_seconds", "tokens_per_second_per_gpu", "mfu_causal", "mfu_full",
+    "memory_bytes_per_rank", "gpu_hours", "bound_by",
+}  # fmt: skip
+TINY = ["experiment=tiny", "--cluster", "h100"]
+
+
+def test_json_of_a_run(capsys):
+    assert main(["plan", *TINY, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) >= KEYS and set(found["parameters"]) == {"main", "active", "mtp"}
+    names = {"1F", "bubble", "1B", "1W", "1F1B", "optimizer", "exposed_communication"}
+    assert set(found["phases_seconds"]) == names
+    assert sum(found["phases_seconds"].values()) == pytest.approx(found["step_seconds"])
+    assert len(found["memory_bytes_per_rank"]) == 2 and found["fits"]
+
+
+def test_table_fits_80_columns_and_pictures_are_written(capsys, tmp_path):
+    html, trace = tmp_path / "plan.html", tmp_path / "plan.json"
+    assert main(["plan", *TINY, "--html", str(html), "--perfetto", str(trace)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("wrote")) <= 80
+    assert "<canvas" in html.read_text()
+    assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=tiny", "--cluster", "h80"], "did you mean h800?"),
+        (["experiment=tiny", "--cluster", "missing.yaml"], "missing.yaml"),
+        (["experiment=tiny", "--trace", "pyproject.toml"], "not a profiler trace"),
+        (["experiment=tiny", "parallel.expert=3"], "parallel.expert=3 does not divide"),
+        (["experiment=tiny", "parallel.data=6", "train.global_batch_size=48"],
+         "12 GPUs are not whole nodes of 8 H800: use 8 or 16"),
+        (["experiment=deepseek_v3_2048_h800", "parallel.expert=1", "--precision", "fp32"], "one layer takes"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(capsys, words, said):
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
+    words = ["experiment=deepseek_v3_2048_h800", "parallel.expert=128"]
+    assert main(["plan", *words]) == 2
+    assert "parallel.expert=128" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys; from launcher.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "plan", *TINY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cluster_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\n")
+    with pytest.raises(HardwareError, match="num_sms"):
+        hardware_of(str(path))
