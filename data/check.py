@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from data.config import PACKINGS, DataConfig
+from data.config import DataConfig
 from data.cursor import phase_problems
 from data.index import TokenFileError
 from data.tokens import Manifest, problems
@@ -14,8 +14,6 @@ def config_problems(config: DataConfig, vocab_size: int) -> list[str]:
     vocab_size: the model's. Never raises for bad data.
     """
     found = phase_problems(config)
-    if config.packing not in PACKINGS:
-        found.append(f"data.packing={config.packing}: use {' or '.join(PACKINGS)}")
     longest = max(config.sequence_length, *(phase.sequence_length for phase in config.phases), 1)
     manifests = {}
     for prefix in dict.fromkeys(config.prefixes):
@@ -24,7 +22,17 @@ def config_problems(config: DataConfig, vocab_size: int) -> list[str]:
             manifests[prefix] = Manifest.read(prefix)
         except TokenFileError:
             continue  # `problems` has said so
-    return found + tokenizer_problems(manifests)
+    return found + tokenizer_problems(manifests) + mask_problems(config, manifests)
+
+
+def mask_problems(config: DataConfig, manifests: Mapping[str, Manifest]) -> list[str]:
+    """A mask that could mask nothing, or a source whose documents it would not find. manifests: by prefix."""
+    return [
+        f"data.document_mask=true: {prefix}.json has no more documents than files ({manifest.num_documents}), so no "
+        "boundary lies inside them: prepare the data with one document an entry, or use data.document_mask=false"
+        for prefix, manifest in manifests.items()
+        if config.document_mask and manifest.num_documents <= max(1, len(manifest.shards))
+    ]
 
 
 def tokenizer_problems(manifests: Mapping[str, Manifest]) -> list[str]:

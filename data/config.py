@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-PACKINGS = ("unmasked", "masked")
-
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -31,7 +29,7 @@ class DataConfig:
     """One tokenised corpus or a blend of several: PREFIX.bin, PREFIX.idx (Megatron's format), PREFIX.json (manifest).
 
     prefix: the first corpus; its tokenizer is every other's. weight: its share beside `blend`'s.
-    packing: `unmasked` (attention crosses document ends, as in the report) or `masked` (batches carry document ids).
+    document_mask: attention stays inside documents; false: it crosses their ends, as in the report.
     """
 
     prefix: str
@@ -40,7 +38,7 @@ class DataConfig:
     weight: float = 1.0
     blend: tuple[SourceConfig, ...] = ()
     phases: tuple[DataPhase, ...] = ()
-    packing: str = "unmasked"
+    document_mask: bool = False
 
     @property
     def prefixes(self) -> tuple[str, ...]:

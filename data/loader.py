@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.check import tokenizer_problems
-from data.config import PACKINGS, DataConfig
+from data.config import DataConfig
 from data.cursor import Cursor
 from data.index import TokenFileError
 from data.sampler import Sampler, SamplerError, step_sample_ids
@@ -32,7 +32,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens int64 [B, S + 1], and with packing=masked the document of each, int32 [B, S + 1], counted from 0 in every
+    """Tokens int64 [B, S + 1], and with document_mask the document of each, int32 [B, S + 1], counted from 0 in every
     window: position t may attend to position u <= t if their documents are equal.
     """
 
@@ -48,8 +48,6 @@ class Loader:
     """
 
     def __init__(self, config: DataConfig, *, fim_rate: Callable[[int], float] | None = None) -> None:
-        if config.packing not in PACKINGS:
-            raise SamplerError(f"data.packing={config.packing}: use {' or '.join(PACKINGS)}")
         self.config = config
         self.cursor = Cursor(config)
         self.streams = _open(config.prefixes)
@@ -85,11 +83,12 @@ class Loader:
     ) -> np.ndarray:
         """Tokens int64 [B, S + 1] of one data rank's micro-batch; see data.sampler.step_sample_ids.
 
-        Raises SamplerError with packing=masked: whoever masks must take `batch`.
+        Raises SamplerError with document_mask: whoever masks must take `batch`.
         """
-        if self.config.packing != "unmasked":
+        if self.config.document_mask:
             raise SamplerError(
-                "data.packing=masked: this caller takes tokens alone and could not mask; use data.packing=unmasked"
+                "data.document_mask=true: this caller takes tokens alone and could not mask; use "
+                "data.document_mask=false"
             )
         return self.batch(
             consumed=consumed,
@@ -113,7 +112,7 @@ class Loader:
             self._look_ahead(ids, stride=data_size * micro_batch_size)
         windows = self._ahead.pop(key)
         tokens = self._gather(ids, windows)
-        return Batch(tokens, self._documents(windows) if self.config.packing == "masked" else None)
+        return Batch(tokens, self._documents(windows) if self.config.document_mask else None)
 
     def _look_ahead(self, ids: np.ndarray, *, stride: int) -> None:
         """Computes the places of these samples and of the same rank's next ones, ever more of them while it pays."""

@@ -1,7 +1,7 @@
 """The one construction order: mesh, schedule, groups, stages, ZeRO-1, optimizer, data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Protocol
 
@@ -10,14 +10,19 @@ import torch
 
 from data.loader import Loader
 from launcher.config import RunConfig
+from launcher.record.clock import PhaseClock, TimedDispatcher, TimedStages
+from launcher.record.norms import NormsByGroup
 from launcher.runtime import Process
 from launcher.step_plan import StepPlan
+from model.block import MoE
 from model.fp8.apply import apply_fp8
+from model.fp8.quantise import Quantiser
 from optim.adamw import AdamW
 from optim.ema import EMA
 from optim.fused import ADAMW
 from optim.schedule import value_at
 from parallel.apply import Layout, LocalModel, build_local_model
+from parallel.expert.wire import QUANTISER
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action
 from parallel.pipeline.chunk import ModelStages
@@ -27,6 +32,12 @@ from parallel.pipeline.split import split_layers
 from parallel.zero1 import Zero1
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of what is not in FP8
+
+
+class BuildError(ValueError):
+    """Parts of a run that do not fit; the message names the key."""
+
+    user_error = True
 
 
 class Batches(Protocol):
@@ -80,7 +91,9 @@ class Run:
     loader: Batches
     progress: Progress
     plan: StepPlan
+    norms: NormsByGroup
     ema: EMA | None = None
+    clock: PhaseClock = field(default_factory=PhaseClock)
 
     @property
     def executor(self) -> Executor:
@@ -115,7 +128,11 @@ def build(
     timeout = timedelta(seconds=config.train.timeout_seconds)
     groups = Groups(mesh, layout.holder_sets(), timeout=timeout)
     dtype = DTYPES[config.train.precision]
-    model = build_local_model(config.model, layout, mesh, groups, device=process.device, seed=config.train.seed)
+    model = build_local_model(
+        config.model, layout, mesh, groups, device=process.device, seed=config.train.seed,
+        max_tokens=config.train.micro_batch_size * config.data.sequence_length,
+        quantiser=_row_quantiser(config, process.device),
+    )  # fmt: skip
     zero1 = Zero1(model.parameters.values(), dtype=dtype)
     if config.train.precision == "fp8":
         for stage in model.stages.values():
@@ -127,7 +144,9 @@ def build(
         config.optim,
     )
     overlap = config.parallel.overlap if config.parallel.expert > 1 else "off"  # else nothing is ever in transit
-    stages = ModelStages(model.stages, cut=overlap != "off", recompute=config.parallel.recompute)
+    clock = PhaseClock()
+    _time_transfers(model, clock)
+    stages = TimedStages(ModelStages(model.stages, cut=overlap != "off", recompute=config.parallel.recompute), clock)
 
     def executor(num_microbatches: int) -> Executor:
         return Executor(
@@ -137,11 +156,33 @@ def build(
 
     executors = Executors(executor, config.num_microbatches)
     batches, plan = loader or open_data(config), StepPlan(config)
+    if config.data.document_mask and not hasattr(batches, "batch"):
+        raise BuildError("data.document_mask=true: this run's tokens have no documents: use data.document_mask=false")
     decay = config.optim.ema_decay
     ema = EMA([bucket.master for bucket in zero1.buckets], decay=decay) if decay else None
+    norms = NormsByGroup(zero1, process.device)
     return Run(
-        config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan, ema
-    )
+        config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan, norms,
+        ema, clock,
+    )  # fmt: skip
+
+
+def _row_quantiser(config: RunConfig, device: torch.device) -> Quantiser:
+    """Of rows sent in FP8; compiled on a CPU, the same bits as plain torch."""
+    wires = (config.parallel.dispatch_wire, config.parallel.dispatch_grad_wire)
+    if "fp8" not in wires or device.type != "cpu" or not config.fp8.native:
+        return QUANTISER
+    from model.fp8.native import NativeKernels
+
+    return replace(QUANTISER, kernels=NativeKernels())
+
+
+def _time_transfers(model: LocalModel, clock: PhaseClock) -> None:
+    """Every MoE layer's transfers are timed, and the rows that arrive counted."""
+    for stage in model.stages.values():
+        for module in stage.modules():
+            if isinstance(module, MoE):
+                module.dispatcher = TimedDispatcher(module.dispatcher, clock)
 
 
 def open_data(config: RunConfig) -> Loader:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from launcher.build import Run
 from launcher.record import fp8_samples
+from launcher.record.collapse import num_words, of_words, to_words
 from launcher.safety.agreement import messages
+from model.attention import documents_of
 from model.fp8.linear import weights_changed
 from model.fp8.watch import TensorStats
 from model.transformer import Microbatch, StageLoss
@@ -29,8 +31,10 @@ class StepResult:
 
     loss, mtp_loss: global means in nats a token (mtp_loss: mean over depths, None without MTP). balance_loss: sum over
     layers of the mean sequence-wise loss. expert_load: largest over mean load of every MoE block, by block number.
-    bias_range: widest span of a router's biases. expert_counts: tokens of every expert, by block number; None in a step
-    that does not log them. tokens: that the main loss was computed on.
+    bias_ranges: span of every router's biases after the step. dead: experts without a token, by block, where there are
+    any. expert_counts: tokens of every expert, by block number; None in a step that does not log them. tokens: that the
+    main loss was computed on; batch: sequences. dropped: copies of tokens that no expert got. norms: `grad` and
+    `weight` by group of parameters, empty in a step that does not log them.
     """
 
     loss: float
@@ -39,25 +43,39 @@ class StepResult:
     lr: float
     grad_norm: float
     expert_load: dict[int, float]
-    bias_range: float
+    bias_ranges: dict[int, float]
     expert_counts: dict[int, list[int]] | None = None
     tokens: int = 0
     fp8: list[TensorStats] | None = None  # where a sample was due (fp8.watch_every)
+    dead: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dropped: int = 0
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    mtp_lambda: float = 0.0
+    bias_speed: float = 0.0
+    batch: int = 0
+    sequence_length: int = 0
 
 
 def microbatch(run: Run, number: int) -> Microbatch:
     """Micro-batch `number` of this rank's pipeline in the coming step."""
     train, tokens = run.config.train, run.progress.tokens
-    windows = run.loader.microbatch(
-        consumed=run.progress.samples,
-        microbatch=number,
-        data_rank=run.mesh.data_rank,
-        data_size=run.config.parallel.data,
-        micro_batch_size=train.micro_batch_size,
-    )
+    where = {
+        "consumed": run.progress.samples,
+        "microbatch": number,
+        "data_rank": run.mesh.data_rank,
+        "data_size": run.config.parallel.data,
+        "micro_batch_size": train.micro_batch_size,
+    }
+    documents, timed = None, run.clock.timed("data")
+    if run.config.data.document_mask:
+        # every stage asks its own loader, a pure function of the sample: no boundary has to be sent
+        batch = timed(run.loader.batch, **where)  # type: ignore[attr-defined]  # `build` saw to it
+        windows, documents = batch.tokens, documents_of(torch.from_numpy(batch.documents[:, :-1]))
+    else:
+        windows = timed(run.loader.microbatch, **where)
     share = train.micro_batch_size / run.plan.at(tokens).batch
     mtp_lambda = value_at(run.config.optim.mtp_lambda, tokens)
-    return Microbatch(torch.from_numpy(windows).to(run.process.device), share, mtp_lambda)
+    return Microbatch(torch.from_numpy(windows).to(run.process.device), share, mtp_lambda, documents)
 
 
 def train_step(run: Run, judge: Callable[[float, float], bool] = lambda loss, norm: True) -> StepResult:
@@ -65,40 +83,65 @@ def train_step(run: Run, judge: Callable[[float, float], bool] = lambda loss, no
 
     judge: given the global loss and gradient norm, whether weights and router biases are to be updated with them.
     """
-    optim, progress = run.config.optim, run.progress
+    optim, progress, clock = run.config.optim, run.progress, run.clock
     planned = run.plan.at(progress.tokens)
     lr = value_at(optim.lr, progress.tokens + planned.tokens)  # so that the first step of a warm-up counts
     fp8_samples.begin(run)
-    losses = run.executors.of(planned.num_microbatches).step(lambda number: microbatch(run, number))
+    with clock.phase("messages"):  # what chunks, transfers and data take is theirs
+        losses = run.executors.of(planned.num_microbatches).step(lambda number: microbatch(run, number))
     samples = fp8_samples.end(run)
-    run.zero1.reduce_gradients()
-    main, mtp, balance = _reduce_losses(run, losses)
-    norm = global_norm(
-        (bucket.grad for bucket in run.zero1.buckets),
-        lambda total: dist.all_reduce(total, group=run.groups.world),
-        run.process.device,
-    )
-    _require_finite(run, main, norm)
-    updates = judge(main, norm)
+    with clock.phase("reduce_scatter"):
+        run.zero1.reduce_gradients()
+    norms: dict[str, dict[str, float]] = {}
+    with clock.phase("metrics"):
+        sums = _reduce_losses(run, losses)
+        norm = _global_norm(run, norms)
+    _require_finite(run, sums.main, norm)
+    updates = judge(sums.main, norm)
     if updates:
-        run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, optim.clip_norm))
-        if run.ema is not None:
-            run.ema.update()
-        run.zero1.publish_weights()
-        for stage in run.model.stages.values():
-            weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions
-    run.zero1.zero_gradients()
-    every = run.config.train.expert_counts_every
-    counts = _count_experts(run)
-    logged = _all_counts(run, counts) if every and (progress.step + 1) % every == 0 else None
-    speed = value_at(optim.bias_update_speed, progress.tokens) if updates else 0.0
-    loads, bias_range = _balance_experts(run, counts, speed)
+        _update(run, lr, norm)
+    with clock.phase("optimizer"):
+        run.zero1.zero_gradients()
+    with clock.phase("metrics"):
+        counts = _count_experts(run)
+        logged = _all_counts(run, counts) if _is_due(run, run.config.train.expert_counts_every) else None
+        speed = value_at(optim.bias_update_speed, progress.tokens) if updates else 0.0
+        balance = _balance_experts(run, counts, speed)
+    mtp_lambda = value_at(optim.mtp_lambda, progress.tokens)
     progress.step += 1
     progress.tokens += planned.tokens
     progress.samples += planned.batch
-    has_mtp = run.config.model.num_nextn_predict_layers > 0
-    mtp_loss = mtp if has_mtp else None
-    return StepResult(main, mtp_loss, balance, lr, norm, loads, bias_range, logged, planned.tokens, fp8=samples)
+    mtp_loss = sums.mtp if run.config.model.num_nextn_predict_layers > 0 else None
+    return StepResult(
+        sums.main, mtp_loss, sums.balance, lr, norm, balance.loads, balance.bias_ranges, logged, planned.tokens,
+        samples, balance.dead, sums.dropped, norms, mtp_lambda, speed, planned.batch, planned.sequence_length,
+    )  # fmt: skip
+
+
+def _is_due(run: Run, every: int) -> bool:
+    return every > 0 and (run.progress.step + 1) % every == 0
+
+
+def _global_norm(run: Run, norms: dict[str, dict[str, float]]) -> float:
+    """Of all gradients; where they are due, `norms` gets those by group from the same all-reduce."""
+
+    def over_ranks(sums: Tensor) -> None:
+        dist.all_reduce(sums, group=run.groups.world)
+
+    summing = run.norms.summing(over_ranks, norms) if _is_due(run, run.config.train.norms_every) else over_ranks
+    return global_norm((bucket.grad for bucket in run.zero1.buckets), summing, run.process.device)
+
+
+def _update(run: Run, lr: float, norm: float) -> None:
+    with run.clock.phase("optimizer"):
+        run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, run.config.optim.clip_norm))
+        if run.ema is not None:
+            run.ema.update()
+    with run.clock.phase("all_gather"):
+        run.zero1.publish_weights()
+    with run.clock.phase("optimizer"):
+        for stage in run.model.stages.values():
+            weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions
 
 
 def tokens_per_step(run: Run) -> int:
@@ -106,19 +149,31 @@ def tokens_per_step(run: Run) -> int:
     return run.plan.at(run.progress.tokens).tokens
 
 
-def _reduce_losses(run: Run, losses: Mapping[int, StageLoss]) -> tuple[float, float, float]:
-    """Global means of main loss, MTP loss and balance loss; each micro-batch's last stage is on exactly one rank."""
+@dataclass(frozen=True)
+class _Sums:
+    """Global means of main loss, MTP loss and balance loss; copies of tokens that were routed and did not arrive."""
+
+    main: float
+    mtp: float
+    balance: float
+    dropped: int
+
+
+def _reduce_losses(run: Run, losses: Mapping[int, StageLoss]) -> _Sums:
+    """Each micro-batch's last stage is on exactly one rank; routers count what they choose, experts what arrives."""
     share = run.config.train.micro_batch_size / run.plan.at(run.progress.tokens).batch
-    sums = torch.zeros(3, dtype=torch.float64, device=run.process.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=run.process.device)
     for loss in losses.values():
         sums[0] += loss.main * share
         if loss.mtp:
             sums[1] += torch.stack(loss.mtp).mean() * share
     for shared in run.model.routers.values():
         sums[2] += shared.router.balance_loss_sum * share
+        sums[3] += shared.router.counts_E.sum()
+    sums[3] -= run.clock.take_rows()
     dist.all_reduce(sums, group=run.groups.world)
-    main, mtp, balance = sums.tolist()
-    return main, mtp, balance
+    main, mtp, balance, dropped = sums.tolist()
+    return _Sums(main, mtp, balance, int(dropped))
 
 
 def _require_finite(run: Run, loss: float, norm: float) -> None:
@@ -161,15 +216,31 @@ def _all_counts(run: Run, counts: Mapping[int, Tensor]) -> dict[int, list[int]]:
     return {block: row for block, row in enumerate(table.tolist()) if model.is_moe(block)}
 
 
-def _balance_experts(run: Run, counts: Mapping[int, Tensor], speed: float) -> tuple[dict[int, float], float]:
-    """Update the biases from the expert counts, forget these, and tell every rank all blocks' loads."""
-    table = torch.zeros(run.config.model.num_blocks, 2, dtype=torch.float64, device=run.process.device)
+@dataclass(frozen=True)
+class _Balance:
+    """By MoE block: load of the busiest expert over the mean, span of the biases, experts without a token if any."""
+
+    loads: dict[int, float]
+    bias_ranges: dict[int, float]
+    dead: dict[int, tuple[int, ...]]
+
+
+def _balance_experts(run: Run, counts: Mapping[int, Tensor], speed: float) -> _Balance:
+    """Update the biases from the expert counts, forget these, and tell every rank of all blocks in one all-reduce."""
+    model = run.config.model
+    table = torch.zeros(model.num_blocks, 2 + num_words(model.n_routed_experts), dtype=torch.float64)
     for block, counts_E in counts.items():
         router = run.model.routers[block].router
         update_bias(router.e_score_correction_bias, counts_E, speed)
         bias = router.e_score_correction_bias
-        table[block] = torch.tensor([load_violation(counts_E), bias.max() - bias.min()])
+        dead = to_words((counts_E == 0).nonzero().flatten().tolist(), model.n_routed_experts)
+        table[block] = torch.tensor([load_violation(counts_E), (bias.max() - bias.min()).item(), *dead])
         router.reset()
+    table = table.to(run.process.device)
     dist.all_reduce(table, op=dist.ReduceOp.MAX, group=run.groups.world)
-    loads = {block: table[block, 0].item() for block in range(len(table)) if run.config.model.is_moe(block)}
-    return loads, table[:, 1].max().item()
+    rows = {block: row for block, row in enumerate(table.tolist()) if model.is_moe(block)}
+    return _Balance(
+        {block: row[0] for block, row in rows.items()},
+        {block: row[1] for block, row in rows.items()},
+        {block: found for block, row in rows.items() if (found := of_words(row[2:]))},
+    )

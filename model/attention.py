@@ -3,9 +3,14 @@
 torch's CPU flash kernel wants values as wide as keys and its backward is slow. Here a block of queries meets all keys
 up to its own last one at once, so that the backward can recompute the probabilities from q and k alone, without the
 running statistics of FlashAttention (arXiv 2205.14135), and keys above the diagonal are never touched.
+
+With a document mask each document of a packed sequence is a sequence of its own: nothing is computed across a boundary,
+so the mask saves time. Positions are not counted anew in every document: rotary embedding makes scores a function of
+the distance between two positions, and within a document that is the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,17 +48,29 @@ class _Probabilities:
         return torch.softmax(scores, dim=-1, out=p), scores
 
 
-Part = tuple[int, slice]
+Documents = Sequence[Sequence[slice]]  # the positions of every document, one after another, of each sequence
+Part = tuple[int, slice, slice]
 
 
-def _parts(x_BHSX: Tensor) -> Iterator[Part]:
-    """Sequence and heads of each batch of products."""
+def documents_of(ids_BS: Tensor) -> Documents:
+    """Where the documents of packed sequences lie: ids [B, S] of any integer type, equal within a document."""
+    found = []
+    for ids_S in ids_BS.cpu():
+        inner = (torch.nonzero(ids_S[1:] != ids_S[:-1]).flatten() + 1).tolist()
+        found.append([slice(*ends) for ends in pairwise([0, *inner, len(ids_S)])])
+    return found
+
+
+def _parts(x_BHSX: Tensor, documents: Documents | None) -> Iterator[Part]:
+    """Sequence, heads and positions of each batch of products."""
+    whole = [slice(0, x_BHSX.shape[2])]
     for sequence in range(x_BHSX.shape[0]):
-        for head in range(0, x_BHSX.shape[1], HEADS):
-            yield sequence, slice(head, head + HEADS)
+        for positions in documents[sequence] if documents else whole:
+            for head in range(0, x_BHSX.shape[1], HEADS):
+                yield sequence, slice(head, head + HEADS), positions
 
 
-def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None) -> Tensor:
     B, H, S, V = v_BHSV.shape
     out_BHSV = v_BHSV.new_empty(B, S, H, V).transpose(1, 2)  # the order in which the output projection reads it
 
@@ -61,16 +78,16 @@ def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Te
         probabilities = _Probabilities(q_BHSX, scale)
         for part in parts:
             q, k, v, out = q_BHSX[part], k_BHSX[part], v_BHSV[part], out_BHSV[part]
-            for rows in probabilities.rows(S):
+            for rows in probabilities.rows(q.shape[1]):
                 p, _ = probabilities.of(q, k, rows)
                 out[:, rows] = torch.bmm(p, v[:, : rows.stop])
 
-    spread(blocks, _parts(q_BHSX))
+    spread(blocks, _parts(q_BHSX, documents))
     return out_BHSV
 
 
 def _backward(
-    grad_BHSV: Tensor, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float
+    grad_BHSV: Tensor, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of k and v are summed over the blocks in FP32."""
     dtype = q_BHSX.dtype
@@ -82,7 +99,7 @@ def _backward(
             inputs = (x[part].contiguous() for x in (q_BHSX, k_BHSX, v_BHSV, grad_BHSV))
             _backward_of_part(probabilities, *inputs, *(x[part] for x in grads))
 
-    spread(blocks, _parts(q_BHSX))
+    spread(blocks, _parts(q_BHSX, documents))
     return grads  # type: ignore[return-value]
 
 
@@ -122,33 +139,67 @@ def _add_bmm(acc: Tensor, left: Tensor, right: Tensor) -> None:
         acc += torch.bmm(left, right)
 
 
+def _each_document(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q_BHSX: Tensor,
+    k_BHSX: Tensor,
+    v_BHSV: Tensor,
+    documents: Documents,
+) -> Tensor:
+    """Attention inside every document by itself, put together again: [B, H, S, V]."""
+    rows = []
+    for sequence, spans in enumerate(documents):
+        parts = [(slice(sequence, sequence + 1), slice(None), positions) for positions in spans]
+        rows.append(torch.cat([attention(q_BHSX[part], k_BHSX[part], v_BHSV[part]) for part in parts], dim=2))
+    return torch.cat(rows)
+
+
 class _CausalAttention(torch.autograd.Function):
     """Saves q, k and v only."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None
+    ) -> Tensor:
         ctx.save_for_backward(q_BHSX, k_BHSX, v_BHSV)
-        ctx.scale = scale
+        ctx.scale, ctx.documents = scale, documents
         if q_BHSX.dtype != torch.bfloat16:
-            return _forward(q_BHSX, k_BHSX, v_BHSV, scale)
+            return _forward(q_BHSX, k_BHSX, v_BHSV, scale, documents)
         # Here the flash kernel, which multiplies BF16 into FP32 scores, is the faster one; it wants one head size.
         width = max(q_BHSX.shape[3], v_BHSV.shape[3])
         q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (q_BHSX, k_BHSX, v_BHSV))
-        out_BHSX = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out_BHSX = _torch_attention(q, k, v, scale, documents)
         return out_BHSX[..., : v_BHSV.shape[3]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
-        return *_backward(grads[0], q, k, v, ctx.scale), None
+        return *_backward(grads[0], q, k, v, ctx.scale, ctx.documents), None, None
 
 
-def causal_attention(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+def _torch_attention(
+    q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None
+) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    if documents is None:
+        return attention(q_BHSX, k_BHSX, v_BHSV)
+    return _each_document(attention, q_BHSX, k_BHSX, v_BHSV, documents)
+
+
+def causal_attention(
+    q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None = None
+) -> Tensor:
     """softmax(scale q k^T) v, each position seeing itself and those before it: [B, H, S, V].
 
-    The plain twin is torch's scaled_dot_product_attention; a GPU uses it, and a CPU where torch's `sdpa_kernel` has
-    ruled flash attention out.
+    documents: those of its own document only; None: of the whole sequence. The plain twin is torch's
+    scaled_dot_product_attention; a GPU uses it, and a CPU where torch's `sdpa_kernel` has ruled flash attention out.
     """
+    if documents is not None:
+        lengths = [sum(positions.stop - positions.start for positions in spans) for spans in documents]
+        B, S = q_BHSX.shape[0], q_BHSX.shape[2]
+        assert lengths == [S] * B, f"documents of {lengths} positions for {B} sequences of {S}"
     if q_BHSX.is_cuda or not torch.backends.cuda.flash_sdp_enabled():
-        return F.scaled_dot_product_attention(q_BHSX, k_BHSX, v_BHSV, is_causal=True, scale=scale)
-    return _CausalAttention.apply(q_BHSX, k_BHSX, v_BHSV, scale)  # type: ignore[return-value]
+        return _torch_attention(q_BHSX, k_BHSX, v_BHSV, scale, documents)
+    return _CausalAttention.apply(q_BHSX, k_BHSX, v_BHSV, scale, documents)  # type: ignore[return-value]

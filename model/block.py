@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from model.attention import Documents
 from model.config import ModelConfig
 from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
 from model.experts import Experts
@@ -58,9 +59,12 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h_BSD: Tensor, rotations_SP: Tensor, share: float) -> Tensor:
-        """h_BSD -> [B, S, D]; share: weight of this micro-batch's mean losses in the global batch's."""
-        attended = self.attend(h_BSD, rotations_SP, share)
+    def forward(self, h_BSD: Tensor, rotations_SP: Tensor, share: float, documents: Documents | None = None) -> Tensor:
+        """h_BSD -> [B, S, D]; share: weight of this micro-batch's mean losses in the global batch's.
+
+        documents: where attention stays inside documents, the positions of each.
+        """
+        attended = self.attend(h_BSD, rotations_SP, share, documents)
         if not isinstance(self.mlp, MoE):
             return attended.residual_BSD + self.mlp(attended.x_BSD)
         x_TD, routing = attended.x_BSD.flatten(0, 1), attended.routing
@@ -70,9 +74,9 @@ class Block(nn.Module):
         routed_TD = combine_rows(self.mlp.dispatcher, rows_RD, sent.handle)
         return merge(attended.residual_BSD, routed_TD, self.mlp.shared(attended.x_BSD))
 
-    def attend(self, h_BSD: Tensor, rotations_SP: Tensor, share: float) -> Attended:
+    def attend(self, h_BSD: Tensor, rotations_SP: Tensor, share: float, documents: Documents | None = None) -> Attended:
         """Attention and its residual, the second norm, and the router with its balance loss."""
-        residual_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), rotations_SP)
+        residual_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), rotations_SP, documents)
         x_BSD = self.post_attention_layernorm(residual_BSD)
         routing = None
         if isinstance(self.mlp, MoE):

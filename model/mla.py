@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention import causal_attention
+from model.attention import Documents, causal_attention
 from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
@@ -73,14 +73,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
         self.scale = softmax_scale(config)
 
-    def forward(self, x_BSD: Tensor, rotations_SP: Tensor) -> Tensor:
-        """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions."""
+    def forward(self, x_BSD: Tensor, rotations_SP: Tensor, documents: Documents | None = None) -> Tensor:
+        """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions; documents: to keep apart."""
         q = self._queries(x_BSD)
         latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
         q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
         q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope)  # type: ignore
-        out_BHSV = causal_attention(q, k, v, self.scale)
+        out_BHSV = causal_attention(q, k, v, self.scale, documents)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
 
     def _queries(self, x_BSD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Documents
 from model.block import Block, MoE
 from model.config import ModelConfig
 from model.dispatch import LocalDispatcher, TokenDispatcher
@@ -29,11 +30,13 @@ class Microbatch:
 
     share: this micro-batch's part of the global batch, so that losses sum to the global mean.
     mtp_lambda: weight of the mean of the MTP losses beside the main loss.
+    documents: the positions of every document, for attention that stays inside them; None: it crosses them.
     """
 
     tokens: Tensor
     share: float = 1.0
     mtp_lambda: float = 0.3
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Transformer(nn.Module):
         for link in self.chain():
             h_BSD = link.enter(h_BSD, batch, losses)
             if link.block is not None:
-                h_BSD = link.block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share)
+                h_BSD = link.block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share, batch.documents)
         assert h_BSD is not None
         return h_BSD
 
@@ -199,7 +202,7 @@ class Transformer(nn.Module):
 
     def _dense(self, blocks: Iterable[Any], h_BSD: Tensor, batch: Microbatch) -> Tensor:
         for block in blocks:
-            h_BSD = block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share)
+            h_BSD = block(h_BSD, self.rotations[: h_BSD.shape[1]], batch.share, batch.documents)
         return h_BSD
 
     def _loss_after(

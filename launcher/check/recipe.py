@@ -89,13 +89,6 @@ def check_phases(config: RunConfig) -> list[str]:
     return length_problems(config)
 
 
-def check_packing(config: RunConfig) -> list[str]:
-    """Documents are masked only by a model that takes the mask."""
-    if config.data.packing != "masked":
-        return []  # words that are neither are the data's to report
-    return ["data.packing=masked: the attention of this model takes no document mask yet: use data.packing=unmasked"]
-
-
 def check_continuation(config: RunConfig) -> list[str]:
     """A run does not begin with itself."""
     before = config.train.init_from.strip()

@@ -25,7 +25,6 @@ from launcher.check.layout import (
 from launcher.check.recipe import (
     check_continuation,
     check_data,
-    check_packing,
     check_phases,
     check_positions,
     check_predecessor,
@@ -252,7 +251,6 @@ RULES: tuple[Rule, ...] = (
     check_routing,
     check_layers,
     check_positions,
-    check_packing,
     check_continuation,
     check_experts,
     check_nodes,

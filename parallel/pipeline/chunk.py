@@ -220,7 +220,8 @@ class ModelChunk:
         def compute(losses: Losses) -> list[Tensor]:
             before = len(losses.roots)
             h_BSD = chained.enter(link.hidden_BSD, self._batch, losses)
-            attended = block.attend(h_BSD, self._stage.rotations[: h_BSD.shape[1]], self._batch.share)
+            batch, turns_SP = self._batch, self._stage.rotations[: h_BSD.shape[1]]
+            attended = block.attend(h_BSD, turns_SP, batch.share, batch.documents)
             assert attended.routing is not None
             if losses is self._losses:
                 link.attended = attended

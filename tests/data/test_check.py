@@ -39,10 +39,10 @@ def test_a_good_blend_has_none(config):
 def test_all_problems_at_once(config, tmp_path):
     source(tmp_path / "b", tokenizer="7")
     (tmp_path / "c.bin").write_bytes(b"\0" * 7)
-    bad = replace(config, weight=0.0, packing="loose", phases=(DataPhase(50, sequence_length=100),))
+    bad = replace(config, weight=0.0, document_mask=True, phases=(DataPhase(50, sequence_length=100),))
     found = config_problems(bad, 99)
     for part in (
-        "data: weight 0.0 of", "data.phases.0.from_tokens=50: not reached", "data.packing=loose",
+        "data: weight 0.0 of", "data.phases.0.from_tokens=50: not reached", "data.document_mask=true: ",
         "a.json: the largest token id is 99, the model's vocab_size is 99", "a.json: 100 tokens, one window needs 101",
         "c.bin: byte 7: 7 bytes, its manifest says 200",
         f"b.json: tokenizer {'7' * 12}, {tmp_path}/a.json has {'0' * 12}",

@@ -125,7 +125,7 @@ def test_sources_visit_their_windows_in_unrelated_orders(three):
 
 
 def test_documents_of_every_window(three):
-    config = blended(three, packing="masked", phases=(DataPhase(1600, sequence_length=250),))
+    config = blended(three, document_mask=True, phases=(DataPhase(1600, sequence_length=250),))
     loader = Loader(config)
     for consumed in (0, 100):
         batch = loader.batch(consumed=consumed, microbatch=0, data_rank=0, data_size=1, micro_batch_size=16)
@@ -137,8 +137,6 @@ def test_documents_of_every_window(three):
         loader.microbatch(consumed=0, microbatch=0, data_rank=0, data_size=1, micro_batch_size=1)
     unmasked = Loader(blended(three)).batch(consumed=0, microbatch=0, data_rank=0, data_size=1, micro_batch_size=1)
     assert unmasked.documents is None
-    with pytest.raises(SamplerError, match="packing=none: use unmasked or masked"):
-        Loader(blended(three, packing="none"))
 
 
 def test_a_rate_by_tokens_seen(three):

@@ -19,6 +19,7 @@ from launcher.build import Run, build
 from launcher.config import RunConfig, TrainConfig
 from launcher.runtime import process_group
 from launcher.step import StepResult, train_step
+from model.attention import documents_of
 from model.config import ModelConfig
 from model.init import initialise
 from model.transformer import Losses, Microbatch, Transformer
@@ -194,11 +195,17 @@ def plain_trace(run_config: RunConfig, *, batches: Sequence[int] = ()) -> Trace:
     loader, trace = Loader(c.data), Trace([], [], [], [], [])
     tokens, samples = 0, 0
     for batch in batches or STEPS * [run_config.batch_levels[0].batch]:
-        windows = torch.from_numpy(loader.windows(np.arange(samples, samples + batch)))
+        ids = np.arange(samples, samples + batch)
+        windows = torch.from_numpy(loader.windows(ids))
         samples += batch
+        documents: list[Any] = [None] * batch
+        if c.data.document_mask:
+            documents = [[spans] for spans in documents_of(torch.from_numpy(loader.documents(ids)[:, :-1]))]
         losses = [
-            _plain_microbatch(model, alias, row[None], 1 / batch, value_at(c.optim.mtp_lambda, tokens))
-            for row in windows
+            _plain_microbatch(
+                model, alias, Microbatch(row[None], 1 / batch, value_at(c.optim.mtp_lambda, tokens), spans)
+            )
+            for row, spans in zip(windows, documents, strict=True)
         ]
         for weight in named.values():
             weight.grad = weight.main_grad.clone()  # type: ignore[attr-defined]
@@ -216,20 +223,18 @@ def plain_trace(run_config: RunConfig, *, batches: Sequence[int] = ()) -> Trace:
         trace.weights.append({name: w.detach().clone() for name, w in named.items()})
         _plain_routers(model, trace, speed=1e-3)
         main, mtp = (torch.stack([pair[i] for pair in losses]).double().mean().item() for i in (0, 1))
-        trace.results.append(StepResult(main, mtp, 0.0, optimizer.param_groups[0]["lr"], norm.item(), {}, 0.0))
+        trace.results.append(StepResult(main, mtp, 0.0, optimizer.param_groups[0]["lr"], norm.item(), {}, {}))
     return trace
 
 
-def _plain_microbatch(
-    model: Transformer, alias: _Alias, tokens: Tensor, share: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    batch, losses, hidden = Microbatch(tokens, share, lam), Losses(), None
+def _plain_microbatch(model: Transformer, alias: _Alias, batch: Microbatch) -> tuple[Tensor, Tensor]:
+    losses, hidden = Losses(), None
     plain = model.embed_tokens
     for i, link in enumerate(model.chain()):
         model.embed_tokens = alias if i else plain  # type: ignore[assignment]
         hidden = link.enter(hidden, batch, losses)
         if link.block is not None:
-            hidden = link.block(hidden, model.rotations[: hidden.shape[1]], share)
+            hidden = link.block(hidden, model.rotations[: hidden.shape[1]], batch.share, batch.documents)
     model.embed_tokens = plain
     loss = losses.result()
     loss.loss.backward()

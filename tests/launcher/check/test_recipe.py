@@ -34,11 +34,6 @@ def found(*overrides: str) -> list[str]:
             ["train.global_batch_size=[{shape: constant, value: 8}]"],
         ),
         (
-            ["data.packing=masked"],
-            "data.packing=masked: the attention of this model takes no document mask yet",
-            ["data.packing=unmasked"],
-        ),
-        (
             ["data.phases=[{from_tokens: 10240, sequence_length: 128}]"],
             "data.phases.0.from_tokens=10240: falls within a step",
             ["data.phases=[{from_tokens: 16384, sequence_length: 128}]"],
