@@ -3,6 +3,11 @@
 Eight processes hold one GiB of FP32 in 16 tensors, each an eighth of every tensor. In turns, so that a busy disk hits
 all alike: raw (one file each, written, flushed), ours (checksums, manifest, rename; then asynchronous), torch DCP (as
 DTensor shards; then asynchronous). Loading reads what was saved into 8 processes again, and into 4. Rows are medians.
+
+The stall is what the loop waits for an asynchronous save, at the slowest process. Ours is copied beside the next step,
+so it is measured around a step of half a second in which the host waits for its device, and, at its worst, with no step
+at all between the save and the next update (`stall_without_step_seconds`: the copy as such). DCP copies before it
+returns; a step changes nothing.
 """
 
 import json
@@ -24,11 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launcher.checkpoint.files import commit, write_tensors
+from launcher.checkpoint.host_copy import HostCopy, run_behind
 from launcher.checkpoint.reader import verify
 from launcher.config import compose, to_dict
 from launcher.local import run_local
 
 NUM_TENSORS = 16
+STEP_SECONDS = 0.5
 ENGINES = ("raw", "expertpipe", "torch DCP")
 
 
@@ -55,9 +62,8 @@ class _Ours:
         self.folder, self.tensors = folder, tensors
         start = dist.get_rank() * (next(iter(tensors.values())).numel())
         self.keys = {name: f"master/{name}@{start}" for name in tensors}
-        self.buffers = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        self.copy = HostCopy(list(tensors.values()))
         self.config = to_dict(compose([]))
-        self.seconds = 0.0
 
     def save(self, number: int) -> None:
         temporary, final = self.folder / f".tmp-step-{number:08d}", self.folder / f"step-{number:08d}"
@@ -74,19 +80,30 @@ class _Ours:
         shards = {self.keys[name]: tensor for name, tensor in tensors.items()}
         write_tensors(temporary / f"rank-{dist.get_rank():05d}.safetensors", shards, step=number)
 
-    def save_behind(self, number: int) -> tuple[float, Callable[[], None]]:
-        """Copy, and write in a thread as training's saver does: seconds of the copy, and what waits for the rest."""
+    def save_behind(self, number: int, step_seconds: float) -> tuple[float, Callable[[], None]]:
+        """Copy and write as training's saver does, beside a step of the device: seconds that the host's loop waits, and
+        what waits for the rest.
+
+        The folder is there already: in training it is made in the thread, and the ranks learn of it at a later step.
+        """
         temporary = self.folder / f".tmp-step-{number:08d}"
         if dist.get_rank() == 0:
             temporary.mkdir()
         dist.barrier()
         began = time.perf_counter()
-        for name, tensor in self.tensors.items():
-            self.buffers[name].copy_(tensor)
-        thread = threading.Thread(target=self._write, args=(temporary, self.buffers, number))
+        self.copy.begin(list(self.tensors.values()))
+
+        def write() -> None:
+            run_behind()
+            self._write(temporary, dict(zip(self.tensors, self.copy.taken(), strict=True)), number)
+
+        thread = threading.Thread(target=write)
         thread.start()
-        stall = time.perf_counter() - began
-        return stall, thread.join
+        begun = time.perf_counter()
+        time.sleep(step_seconds)
+        before_update = time.perf_counter()
+        self.copy.wait()
+        return begun - began + time.perf_counter() - before_update, thread.join
 
     def load(self, path: Path, readers: int) -> None:
         """Verified, each of the first `readers` ranks its part of every tensor; each file's checksum is read once."""
@@ -169,20 +186,21 @@ def rank_main(folder: Path, total_bytes: int, turns: int) -> None:
         (folder / "ours").mkdir(exist_ok=True)
         dist.barrier()
         note("raw", "save", _barrier_seconds(lambda: _raw(folder, tensors)))
-        note("expertpipe", "save", _barrier_seconds(lambda n=2 * turn: ours.save(n)))
+        note("expertpipe", "save", _barrier_seconds(lambda n=3 * turn: ours.save(n)))
         note("torch DCP", "save", _barrier_seconds(lambda n=turn: theirs.save(folder / f"dcp-{n}")))
-        for engine, begin in (
-            ("expertpipe", lambda n=2 * turn + 1: ours.save_behind(n)),
-            ("torch DCP", lambda n=turn: theirs.save_behind(folder / f"dcp-behind-{n}")),
+        for engine, figure, begin in (
+            ("expertpipe", "stall", lambda n=3 * turn + 1: ours.save_behind(n, STEP_SECONDS)),
+            ("expertpipe", "stall_without_step", lambda n=3 * turn + 2: ours.save_behind(n, 0.0)),
+            ("torch DCP", "stall", lambda n=turn: theirs.save_behind(folder / f"dcp-behind-{n}")),
         ):
             dist.barrier()
             stall, wait = begin()
             wait()
             worst = torch.tensor([stall], dtype=torch.float64)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-            note(engine, "stall", worst.item())
+            note(engine, figure, worst.item())
         for figure, readers in (("load", world), ("reshard", world // 2)):
-            path = folder / "ours" / f"step-{2 * turn:08d}"
+            path = folder / "ours" / f"step-{3 * turn:08d}"
             note("expertpipe", figure, _barrier_seconds(lambda p=path, r=readers: ours.load(p, r)))
             note("torch DCP", figure, _barrier_seconds(lambda n=turn, r=readers: theirs.load(folder / f"dcp-{n}", r)))
         dist.barrier()
@@ -218,6 +236,7 @@ def rows_of(figures: dict[str, dict[str, list[float]]], total_bytes: int) -> lis
                 "ratio_lowest": min(ratios),
                 "ratio_highest": max(ratios),
                 "stall_seconds": median("stall"),
+                "stall_without_step_seconds": median("stall_without_step"),
                 "load_seconds": median("load"),
                 "reshard_seconds": median("reshard"),
                 "turns": len(raw),

@@ -27,8 +27,9 @@ from launcher.checkpoint.tensor_file import (
     write_tensor_file,
 )
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST, LATEST, TOKENIZER, CONFIG = "manifest.json", "latest", "tokenizer.json", "config.json"
+INDEX = "index.json"
 TEMPORARY = ".tmp-"
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -78,7 +79,7 @@ def step_name(step: int) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, step: int | None = None) -> None:
-    """Write one flushed safetensors file and beside it its record (`.json`).
+    """Write one flushed safetensors file and beside it its record (`.json`), which `commit` gathers.
 
     step: goes into the file, so that a shard among those of another step can be told from a damaged one.
     """
@@ -90,7 +91,16 @@ def write_stream(path: Path, planned: Sequence[Planned], values: Iterable[Tensor
     """As `write_tensors`, the values coming one by one in file order."""
     metadata = None if step is None else {"step": str(step)}
     record = write_tensor_file(path, planned, values, metadata=metadata)
-    write_flushed(path.with_suffix(".json"), json.dumps(asdict(record)))
+    stretches = [[item.name, torch.Size(item.shape).numel()] for item in planned]
+    write_flushed(path.with_suffix(".json"), json.dumps({"record": asdict(record), "stretches": stretches}))
+
+
+def split_key(key: str) -> tuple[str, int]:
+    """`kind/name` and offset of a stretch's key `kind/name@offset`; ValueError where it is none."""
+    tensor, at, offset = key.rpartition("@")
+    if not at or "/" not in tensor or not offset.isdecimal():
+        raise ValueError(f"{key!r} is not of the form kind/name@offset")
+    return tensor, int(offset)
 
 
 def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,15 +110,24 @@ def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> Path | None:
-    """Gather the records into the manifest, flush, rename to `final`, point `latest` at it.
+    """Gather the shards' records into manifest and index, flush, rename to `final`, point `latest` at it.
 
+    The index says for every tensor in which file each stretch of it lies, `kind/name` -> [[offset, length, number of
+    the file among the shards in the order of their names], ...], so that a reader opens only what it needs.
     Where `final` exists it is set aside first, under the name that is returned.
     """
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(temporary.glob("*.safetensors")):
+    stretches: dict[str, list[tuple[int, int, int]]] = {}
+    for number, path in enumerate(sorted(temporary.glob("*.safetensors"))):
         record = path.with_suffix(".json")
-        files[path.name] = json.loads(record.read_text())
+        said = json.loads(record.read_text())
+        files[path.name] = said["record"]
+        for key, length in said["stretches"]:
+            tensor, offset = split_key(key)
+            stretches.setdefault(tensor, []).append((offset, length, number))
         record.unlink()
+    index = {"files": list(files), "stretches": {tensor: sorted(found) for tensor, found in stretches.items()}}
+    files[INDEX] = asdict(write_flushed(temporary / INDEX, json.dumps(index, separators=(",", ":"))))
     if "config" in manifest:
         files[CONFIG] = asdict(write_flushed(temporary / CONFIG, json.dumps(manifest["config"], indent=1)))
     if (temporary / TOKENIZER).is_file():

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.build import Progress
-from launcher.checkpoint.files import FORMAT, MANIFEST, CheckpointError, signed
+from launcher.checkpoint.files import FORMAT, INDEX, MANIFEST, CheckpointError, signed
 from launcher.checkpoint.tensor_file import FileRecord, file_record
 from launcher.config import RunConfig, from_dict
 
@@ -79,72 +79,104 @@ def _step_of(file: Path) -> str:
 def verify(path: Path, *, share: int = 0, shares: int = 1) -> int:
     """Check manifest, names, sizes and checksums; files number share, share + shares, ... are read. Bytes read.
 
-    Raises CheckpointError that names the file. With shares > 1 every process takes one share of the reading.
+    Raises CheckpointError that names the file. With shares > 1 every process takes one share of the files, and looks at
+    no other.
     """
-    files = records_of(path, read_manifest(path))
-    total = 0
-    for number, (name, record) in enumerate(sorted(files.items())):
-        mine = number % shares == share
-        require_whole(path, name, record, hashes=mine)
-        total += record.bytes if mine else 0
-    return total
+    files = sorted(records_of(path, read_manifest(path)).items())
+    for name, record in files[share::shares]:
+        require_whole(path, name, record)
+    return sum(record.bytes for _, record in files[share::shares])
 
 
 class Reader:
-    """Read access to one checkpoint, by global name and range; each file is opened once, and verified before that.
+    """Read access to one checkpoint, by global name and range; a shard is opened when something of it is needed.
 
-    verify: read every file's checksum too (sizes are always compared). Raises CheckpointError.
+    verify: read every file's checksum at once. Without it each shard's size is compared when it is opened.
+    bytes_read: of all that `read` has given. Raises CheckpointError.
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
-        self.path = path
+        self.path, self.bytes_read = path, 0
         self.manifest: dict[str, Any] = read_manifest(path)
-        files = records_of(path, self.manifest)
+        self._records = records_of(path, self.manifest)
         try:
             self.config: RunConfig = from_dict(self.manifest["config"])
             self.progress = Progress(**self.manifest["progress"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from None
-        self._stretches: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for name, record in files.items():
-            require_whole(path, name, record, hashes=verify)
-            if name.endswith(".safetensors"):
-                self._index(path / name)
-        for stretches in self._stretches.values():
-            stretches.sort(key=lambda item: (item[0], item[1]))
+        for name, record in self._records.items() if verify else ():
+            require_whole(path, name, record)
+        self._stretches = self._read_index(verified=verify)
+        self._open: dict[str, Any] = {}
 
-    def _index(self, file: Path) -> None:
+    @property
+    def files_opened(self) -> list[str]:
+        """Shards that were needed so far."""
+        return list(self._open)
+
+    def _read_index(self, *, verified: bool) -> dict[str, list[tuple[int, int, str]]]:
+        """Offset, length and shard of every stretch, by `kind/name` and in order of the offset."""
+        file = self.path / INDEX
+        if INDEX not in self._records:
+            raise CheckpointError(f"{self.path / MANIFEST} lacks {INDEX}, which says what lies where")
+        if not verified:
+            require_whole(self.path, INDEX, self._records[INDEX])
         try:
-            content: Any = safe_open(file, framework="pt")  # a map of the file, for as long as the reader lives
+            index = json.loads(file.read_text(encoding="utf-8"))
+            shards = [str(name) for name in index["files"]]
+            found = {
+                str(tensor): sorted((int(offset), int(length), shards[number]) for offset, length, number in stretches)
+                for tensor, stretches in index["stretches"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error!r}") from None
+        if lacking := sorted(set(shards) - set(self._records)):
+            raise CheckpointError(f"{self.path / MANIFEST} lacks {lacking[0]}, which {INDEX} names")
+        return found
+
+    def _shard(self, name: str) -> Any:
+        """A map of the file, for as long as the reader lives."""
+        if name not in self._open:
+            file = self.path / name
+            require_whole(self.path, name, self._records[name], hashes=False)
+            try:
+                content: Any = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is not a shard of a checkpoint: {error}") from None
             step = (content.metadata() or {}).get("step")
             if step is not None and step != str(self.progress.step):
                 raise CheckpointError(f"{file} is of step {step}, the manifest of step {self.progress.step}")
-            for key in content.keys():  # noqa: SIM118 (not a dict)
-                kind, _, rest = key.partition("/")
-                tensor, _, offset = rest.rpartition("@")
-                (length,) = content.get_slice(key).get_shape()
-                self._stretches.setdefault((kind, tensor), []).append((int(offset), length, content, key))
-        except (SafetensorError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{file} is not a shard of a checkpoint: {error}") from None
+            self._open[name] = content
+        return self._open[name]
 
     def has(self, kind: str, name: str) -> bool:
         """Whether anything of a tensor is stored."""
-        return (kind, name) in self._stretches
+        return f"{kind}/{name}" in self._stretches
 
     def names(self, kind: str) -> Iterable[str]:
         """Tensors of which something of this kind is stored."""
-        return [name for found, name in self._stretches if found == kind]
+        return [tensor.removeprefix(f"{kind}/") for tensor in self._stretches if tensor.startswith(f"{kind}/")]
 
     def read(self, kind: str, name: str, out: Tensor, *, offset: int = 0) -> None:
         """Fill the flat tensor `out` with the elements of a global tensor from `offset` on."""
         reached, end = offset, offset + out.numel()
         # in order, so that stretches that overlap cannot make up for a gap
-        for start, length, content, key in self._stretches.get((kind, name), ()):
+        for start, length, file in self._stretches.get(f"{kind}/{name}", ()):
             stop = min(start + length, end)
             if start <= reached < stop:
-                out[reached - offset : stop - offset] = content.get_slice(key)[reached - start : stop - start]
+                content = self._shard(file)
+                key = f"{kind}/{name}@{start}"
+                try:
+                    stretch = content.get_slice(key)
+                    if stretch.get_shape() != [length]:
+                        raise CheckpointError(
+                            f"{self.path / file}: {key} has shape {stretch.get_shape()}, not {length}"
+                        )
+                    part: Tensor = stretch[reached - start : stop - start]
+                except SafetensorError as error:
+                    raise CheckpointError(f"{self.path / file} is not the shard that {INDEX} means: {error}") from None
+                out[reached - offset : stop - offset] = part
+                self.bytes_read += part.nbytes
                 reached = stop
         if reached < end:
             raise CheckpointError(f"{self.path}: {kind} of {name} lacks element {reached} of {offset} to {end}")

@@ -1,6 +1,8 @@
 """Saving while training goes on: a copy to host memory, then a thread that writes; all ranks in the same phase.
 
-    copy      every rank; the only time that the step waits (`Saved.stall_seconds`)
+    copy      every rank, beside the next step, whose update waits for it (host_copy.py); this and its beginning are
+              all that a step waits for, without an allocation, a file or a message (`Saved.stall_seconds`)
+    prepare   rank 0: the temporary folder
     write     every rank its shard, flushed, hashed on the way
     commit    rank 0: manifest, rename, `latest`
     verify    every rank reads its shard again, past the page cache
@@ -19,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from launcher.build import Run
 from launcher.checkpoint.files import MANIFEST, commit, flush, step_name, to_delete
+from launcher.checkpoint.host_copy import HostCopy, run_behind
 from launcher.checkpoint.reader import read_manifest, records_of, require_whole
 from launcher.checkpoint.state import (
     Snapshot,
     checkpoints_dir,
     prepare_temporary,
+    rank_state,
     temporary_of,
 )
 from launcher.safety.agreement import require_agreed
@@ -36,7 +38,7 @@ from launcher.safety.run_lock import RunLock
 
 @dataclass(frozen=True)
 class Saved:
-    """One finished save. stall_seconds: of the step; total_seconds: from its beginning until it was committed."""
+    """One finished save. stall_seconds: that steps waited for it; total_seconds: from beginning to commit."""
 
     path: Path
     stall_seconds: float
@@ -46,9 +48,10 @@ class Saved:
 class Saver:
     """Saves one run; every method is called by all ranks together.
 
-    asynchronous: whether `start` returns after the copy. lock: the run's, on rank 0, asked before every commit. extra:
-    more for the manifest, asked when the state is copied. say: told what rank 0 finds worth telling. on_phase: told the
-    name of each phase as it begins, from the main thread.
+    asynchronous: whether `start` returns at once and `before_update` waits for the copy; the memory for it is made
+    here. lock: the run's, on rank 0,
+    asked before every commit. extra: more for the manifest, asked when the state is copied. say: told what rank 0
+    finds worth telling. on_phase: told the name of each phase as it begins, from the main thread.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class Saver:
     ) -> None:
         self._run, self._asynchronous, self._lock = run, asynchronous, lock
         self._extra, self._say, self._on_phase = extra, say, on_phase
-        self._buffers: dict[str, Tensor] | None = {} if asynchronous else None
+        self._copy = HostCopy([flat.tensor for flat in rank_state(run)]) if asynchronous else None
         self._root = checkpoints_dir(run.config)
+        self._active, self._step = False, 0
         self._snapshot: Snapshot | None = None
         self._phases: list[tuple[str, Callable[[], None]]] = []
         self._thread: threading.Thread | None = None
@@ -75,29 +79,35 @@ class Saver:
     @property
     def active(self) -> bool:
         """Whether a save is under way; the same on all ranks."""
-        return self._snapshot is not None
+        return self._active
 
-    def start(self) -> None:
-        """Begin to save the state as it is now; waits for a save that is still under way (back-pressure)."""
+    def start(self, *, wait: bool = False) -> Saved | None:
+        """Begin to save the state as it is now; waits for a save that is still under way (back-pressure).
+
+        Nothing of the state may change until `before_update` has been called, or until the save has ended. wait: until
+        this one has ended too, which needs no copy; so does a saver that is not asynchronous. The save that was waited
+        for. A copy that failed is raised on all ranks at the next boundary.
+        """
         self._began = time.perf_counter()
         self.finish()
-        run = self._run
-        step = run.progress.step
-        self._error = None
-        if run.process.rank == 0:
-            self._attempt(lambda: prepare_temporary(run.config, step))
-        self._raise_agreed()
-        self._attempt(self._take)
-        self._raise_agreed()
-        names = ("write", "commit", "verify", "delete")
-        self._phases = list(zip(names, (self._write, self._commit, self._verify, self._delete), strict=True))
+        self._active, self._step, self._error = True, self._run.progress.step, None
+        copy = None if wait else self._copy
+        self._attempt(lambda: self._take(copy))
+        work = (self._prepare, self._write, self._commit, self._verify, self._delete)
+        self._phases = list(zip(("prepare", "write", "commit", "verify", "delete"), work, strict=True))
         self._next_phase()
         self._stall = time.perf_counter() - self._began
-        if not self._asynchronous:
-            self.finish()
+        return self.finish() if copy is None else None
 
-    def _take(self) -> None:
-        self._snapshot = Snapshot.take(self._run, self._buffers, extra=self._extra())
+    def before_update(self) -> None:
+        """Wait until the state may change: every step calls it before its update. Talks to no other rank."""
+        if self._copy is not None and self._active:
+            began = time.perf_counter()
+            self._copy.wait()
+            self._stall += time.perf_counter() - began
+
+    def _take(self, copy: HostCopy | None) -> None:
+        self._snapshot = Snapshot.take(self._run, copy, extra=self._extra())
 
     @property
     def busy(self) -> bool:
@@ -127,21 +137,25 @@ class Saver:
     def save(self) -> Path:
         """Save and wait; the checkpoint's folder."""
         path = self._root / step_name(self._run.progress.step)
-        self.start()
-        self.finish()
+        self.start(wait=True)
         return path
 
     def _next_phase(self) -> None:
         if not self._phases:
-            self._snapshot = None
+            self._active, self._snapshot = False, None
             return
         name, work = self._phases.pop(0)
         self._on_phase(name)
-        if name == "verify" and self._snapshot is not None:  # committed
+        if name == "verify":  # committed
             self._total = time.perf_counter() - self._began
             self._finished = Saved(self._final, self._stall, self._total)
-        self._thread = threading.Thread(target=self._attempt, args=(work,), daemon=True, name=f"checkpoint {name}")
+        self._thread = threading.Thread(target=self._behind, args=(work,), daemon=True, name=f"checkpoint {name}")
         self._thread.start()
+
+    def _behind(self, work: Callable[[], None]) -> None:
+        if self._asynchronous:
+            run_behind()
+        self._attempt(work)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
@@ -155,10 +169,9 @@ class Saver:
         try:
             require_agreed(self._run.groups.world, self._run.process.device, error)
         except Exception:
-            step = self._snapshot.step if self._snapshot is not None else self._run.progress.step
-            self._snapshot, self._phases = None, []
+            self._active, self._snapshot, self._phases = False, None, []
             if self._run.process.rank == 0:
-                shutil.rmtree(temporary_of(self._run.config, step), ignore_errors=True)
+                shutil.rmtree(temporary_of(self._run.config, self._step), ignore_errors=True)
             raise
 
     @property
@@ -168,17 +181,24 @@ class Saver:
 
     @property
     def _final(self) -> Path:
-        return self._root / step_name(self._taken.step)
+        return self._root / step_name(self._step)
+
+    def _prepare(self) -> None:
+        if self._run.process.rank == 0:
+            prepare_temporary(self._run.config, self._step)
 
     def _write(self) -> None:
-        self._taken.write(temporary_of(self._run.config, self._taken.step))
+        if self._copy is not None:
+            self._copy.taken()
+        self._taken.write(temporary_of(self._run.config, self._step))
 
     def _commit(self) -> None:
         if self._run.process.rank != 0:
             return
         if self._lock is not None:
             self._lock.require()
-        aside = commit(temporary_of(self._run.config, self._taken.step), self._final, self._taken.manifest)
+        config = self._run.config
+        aside = commit(temporary_of(config, self._step), self._final, self._taken.manifest(config))
         if aside is not None:
             self._say(f"the {self._final.name} that was there already is now {aside.name}")
 

@@ -6,8 +6,8 @@ takes the stretches it needs, and nothing has to hold the whole model.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from launcher.checkpoint.files import (
     step_name,
     write_tensors,
 )
+from launcher.checkpoint.host_copy import HostCopy
 from launcher.checkpoint.reader import Reader, verify
 from launcher.checkpoint.tensor_file import file_record
 from launcher.config import RunConfig, to_dict
 from launcher.safety.agreement import highest, messages, require_agreed
 from model.counts import parameter_shapes
 from model.fp8.linear import weights_changed
+from parallel.zero1 import Bucket
 
 __all__ = [
     "CONFIG", "LATEST", "MANIFEST", "TOKENIZER", "CheckpointError", "Reader", "Snapshot", "checkpoints_dir", "commit",
@@ -54,20 +56,36 @@ def checkpoints_dir(config: RunConfig) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
-def rank_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the state, by key, where it lies: training changes these tensors."""
-    for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
-        for piece in bucket.pieces():
-            for kind in ("master", *OPTIMIZER_KINDS):
-                flat: Tensor = getattr(shard, kind)
-                yield f"{kind}/{piece.name}@{piece.offset}", flat[piece.start : piece.stop].detach()
-    for bucket, average in zip(run.zero1.buckets, run.ema.averages(), strict=True) if run.ema is not None else ():
-        for piece in bucket.pieces():
-            yield f"ema/{piece.name}@{piece.offset}", average[piece.start : piece.stop]
+@dataclass(frozen=True)
+class Flat:
+    """One contiguous tensor of a rank's state, where it lies (training changes it), and the keys of its stretches:
+    key, first element, one past the last.
+    """
+
+    tensor: Tensor
+    stretches: tuple[tuple[str, int, int], ...]
+
+
+def rank_state(run: Run) -> list[Flat]:
+    """This rank's part of the state; the same tensors in the same order at every call."""
+
+    def flat(kind: str, bucket: Bucket, tensor: Tensor) -> Flat:
+        pieces = [(f"{kind}/{piece.name}@{piece.offset}", piece.start, piece.stop) for piece in bucket.pieces()]
+        return Flat(tensor.detach(), tuple(pieces))
+
+    found = [
+        flat(kind, bucket, getattr(shard, kind))
+        for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True)
+        for kind in ("master", *OPTIMIZER_KINDS)
+    ]
+    if run.ema is not None:
+        found += [flat("ema", *pair) for pair in zip(run.zero1.buckets, run.ema.averages(), strict=True)]
     for block, shared in run.model.routers.items():
         # A router is the same on all its holders: the first one writes it.
         if run.mesh.data_rank == 0 and run.mesh.pipeline_rank == shared.holders[0]:
-            yield f"router_bias/{block}@0", shared.router.e_score_correction_bias.detach()
+            bias = shared.router.e_score_correction_bias.detach()
+            found.append(Flat(bias, ((f"router_bias/{block}@0", 0, bias.numel()),)))
+    return found
 
 
 def identity(config: RunConfig) -> dict[str, str]:
@@ -83,43 +101,42 @@ def identity(config: RunConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes into a checkpoint, and (manifest) what is said of it; independent of the run that goes on
-    if it was taken with buffers.
+    """What one rank writes into a checkpoint, and (facts) what changes from step to step of what the manifest says;
+    independent of the run that goes on, once it is copied, if it was taken with a host copy.
     """
 
     step: int
     rank: int
-    tensors: dict[str, Tensor]
-    manifest: dict[str, Any]
+    flats: tuple[Flat, ...]
+    facts: dict[str, Any]
 
     @staticmethod
-    def take(
-        run: Run, buffers: dict[str, Tensor] | None = None, *, extra: Mapping[str, Any] | None = None
-    ) -> "Snapshot":
-        """The state after `run.progress.step` steps. buffers: host memory to copy to, by key, filled in if empty;
-        None: the tensors themselves, for a caller that waits. extra: more for the manifest.
+    def take(run: Run, copy: HostCopy | None = None, *, extra: Mapping[str, Any] | None = None) -> "Snapshot":
+        """The state after `run.progress.step` steps. copy: host memory, which is being filled when this returns; None:
+        the tensors themselves, for a caller that waits. extra: more facts. Reads no file and talks to no other rank:
+        the step waits for it.
         """
-        tensors = dict(rank_tensors(run))
-        if buffers is not None:
-            for key, tensor in tensors.items():
-                if key not in buffers:
-                    on_gpu = tensor.device.type == "cuda"
-                    buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-                buffers[key].copy_(tensor, non_blocking=True)
-            if run.process.device.type == "cuda":
-                torch.cuda.synchronize(run.process.device)
-            tensors = buffers
-        manifest = {
+        flats = rank_state(run)
+        if copy is not None:
+            copy.begin([flat.tensor for flat in flats])
+            flats = [replace(flat, tensor=tensor) for flat, tensor in zip(flats, copy.tensors, strict=True)]
+        facts = {
             "step": run.progress.step,
             "tokens": run.progress.tokens,
             "progress": asdict(run.progress),
             "optimizer_steps": run.optimizer.steps,
-            "layout": asdict(run.config.parallel),
-            "config": to_dict(run.config),
-            "identity": identity(run.config),
             **(extra or {}),
         }
-        return Snapshot(run.progress.step, run.process.rank, tensors, manifest)
+        return Snapshot(run.progress.step, run.process.rank, tuple(flats), facts)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stretches by key."""
+        return {key: flat.tensor[start:stop] for flat in self.flats for key, start, stop in flat.stretches}
+
+    def manifest(self, config: RunConfig) -> dict[str, Any]:
+        """What the manifest says; reads the data's own manifests."""
+        return {**self.facts, "layout": _as_json(config), "config": to_dict(config), "identity": identity(config)}
 
     def write(self, temporary: Path) -> None:
         """This rank's shard into an existing temporary folder. CheckpointError that names the file and the reason."""
@@ -127,7 +144,7 @@ class Snapshot:
         try:
             write_tensors(path, self.tensors, step=self.step)
         except OSError as error:
-            needed = sum(tensor.nbytes for tensor in self.tensors.values())
+            needed = sum(flat.tensor.nbytes for flat in self.flats)
             free = shutil.disk_usage(temporary).free if temporary.exists() else 0
             raise CheckpointError(f"{path}: {error.strerror} ({needed:,} bytes to write, {free:,} free)") from None
 
@@ -213,17 +230,20 @@ def load(
     verified: bool = False,
     same_run: bool = True,
 ) -> None:
-    """Continue `run` from a checkpoint of any layout of the same model, data and tokenizer.
+    """Continue `run` from a checkpoint of any layout of the same model, data and tokenizer; all ranks call it together.
 
-    verified: whether its checksums have been read already. same_run: False for a run that begins with the weights of
-    another, whose shapes alone must fit. CheckpointError for another model, and for another data set or tokenizer
-    unless the configuration accepts them by key.
+    verified: whether its checksums have been read already, else every rank reads its share of them. same_run: False for
+    a run that begins with the weights of another, whose shapes alone must fit. CheckpointError for another model, and
+    for another data set or tokenizer unless the configuration accepts them by key.
     """
-    reader = Reader(path, verify=not verified)
+    reader = Reader(path, verify=False)
     if same_run:
         _require_same_run(run.config, reader)
     elif dict(parameter_shapes(reader.config.model)) != dict(parameter_shapes(run.config.model)):
         raise CheckpointError(f"{path} has weights of other shapes: compare its {MANIFEST} with the model section")
+    if not verified:
+        process = run.process
+        agreed(run, lambda: verify(path, share=process.rank, shares=process.world_size))
     if reader.manifest.get("layout") not in (None, _as_json(run.config)):
         say(f"{path.name} was written by another layout ({_layout(reader.config)}): read for {_layout(run.config)}")
     for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
@@ -283,7 +303,7 @@ def _require_same_run(config: RunConfig, reader: Reader) -> None:
             )
 
 
-def agreed(run: Run, work: Callable[[], None]) -> None:
+def agreed(run: Run, work: Callable[[], object]) -> None:
     """Do something on this rank; AgreedError on every rank where it failed on any."""
     error: BaseException | None = None
     try:

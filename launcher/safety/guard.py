@@ -81,7 +81,8 @@ class Safety:
         self._signals = StopSignals()
         self._saver = Saver(
             run,
-            asynchronous=run.config.train.checkpoint_async,
+            # a run that saves at its end alone waits for it: no memory for a copy
+            asynchronous=run.config.train.checkpoint_async and bool(run.config.train.checkpoint_every),
             lock=self._lock,
             extra=lambda: {"spikes": self.spikes.state()},
             say=self._note,
@@ -126,7 +127,8 @@ class Safety:
         self.spikes.load(read_manifest(path).get("spikes"))
 
     def judge(self, loss: float, norm: float) -> bool:
-        """For `train_step`: whether the step may update."""
+        """For `train_step`: whether the step may update; what a save still copies is waited for first."""
+        self._saver.before_update()
         return self.spikes.judge(loss, norm)
 
     def after_step(self) -> int | None:
@@ -141,12 +143,11 @@ class Safety:
         self._tell(self._saver.advance(any_busy=bool(busy)))
         every, last = run.config.train.checkpoint_every, run.progress.step >= run.config.train.steps
         end = exhausted(run)
-        if stop or last or end or (every and run.progress.step % every == 0):
+        ends = bool(stop) or last or end
+        if ends or (every and run.progress.step % every == 0):
             self.finish_save()
             self._on_action("checkpoint: copy")
-            self._saver.start()
-        if stop or last or end:
-            self.finish_save()
+            self._tell(self._saver.start(wait=ends))
         if stop:
             self._note(f"stopped after step {run.progress.step} by {signal.Signals(stop).name}; start again to go on")
             return REQUEUE
