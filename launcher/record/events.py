@@ -1,19 +1,23 @@
 """What happened, step by step, as JSON lines: the one source for the display, the pictures and the summary.
 
-The first line is a header (schema, version, facts of the run), each further line one `StepEvent`. A run that was killed
-leaves at most one torn line, at the end; resuming cuts it off together with the steps that will be done again.
+`events.jsonl` has what all ranks together did, `ranks/rank<k>.events.jsonl` what one rank did. The first line is a
+header (schema, version, facts of the run), each further line one `StepEvent` or `RankEvent`; `schema.py` says what a
+line may hold. A run that was killed leaves at most one torn line, at the end; resuming cuts it off together with the
+steps that will be done again.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-SCHEMA = "expertpipe-events"
-VERSION = 1
+SCHEMA, RANK_SCHEMA = "expertpipe-events", "expertpipe-rank-events"
+VERSION = 2
+# Version 1 had no norms, MFU, biases by layer, dead experts or warnings: its lines lack them and mean the same else.
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,49 @@ class StepEvent:
     expert_load_max_over_mean: float  # the worst layer of expert_load; 1 is perfect balance
     expert_load: tuple[float, ...] = ()  # per MoE layer: tokens of the busiest expert over the mean
     router_bias_range: float = 0.0  # largest max - min of a layer's router bias
-    dropped_tokens: int = 0  # always 0 by design; written so that a reader can check it
+    dropped_tokens: int = 0  # copies of tokens that routers chose an expert for and no expert got; 0 by design, counted
     # per MoE layer: tokens of every expert in this step; empty but every train.expert_counts_every steps
     expert_counts: tuple[tuple[int, ...], ...] = ()
     # per FP8 tensor: layer, which tensor, amax, saturated, underflow, relative error (`model.fp8.watch.TensorStats`);
     # empty but every fp8.watch_every steps
     fp8: tuple[tuple[str | float, ...], ...] = ()
+    balance_loss: float = 0.0  # sum over the MoE layers of the mean sequence-wise balance loss, as it enters the loss
+    router_bias_ranges: tuple[float, ...] = ()  # per MoE layer: largest minus smallest bias after the step
+    dead_experts: tuple[tuple[int, int], ...] = ()  # (block, expert) of every expert without a token in this step
+    mfu_causal: float | None = None  # of the peak in the header; attention over the positions that a token sees
+    mfu_full: float | None = None  # the same, attention over the whole sequence; MTP and recomputation in neither
+    mtp_lambda: float | None = None  # weight of the MTP loss
+    bias_speed: float = 0.0  # update of the router biases in this step
+    batch: int = 0  # sequences of this step
+    # by group of parameters (launcher/record/norms.py), over all ranks: before clipping, and of the FP32 masters before
+    # the update; empty but every train.norms_every steps
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    weight_norms: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()  # what was out of the ordinary: spikes, experts that collapse
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """What one rank did since its line before: `steps` steps, the last of them `step`, in `seconds` of wall time.
+
+    phases: seconds of this rank's host by phase (launcher/record/clock.py); they add up to `seconds`.
+    """
+
+    step: int
+    steps: int
+    seconds: float
+    phases: dict[str, float]
+    rows: int  # rows that arrived at this rank's experts
+    peak_bytes: int  # most memory so far: of the GPU's allocator, else of the process
+
+
+SCHEMAS: dict[type, str] = {StepEvent: SCHEMA, RankEvent: RANK_SCHEMA}
+
+
+class EventError(ValueError):
+    """A file that is no event log, or a damaged one; the message names file and line."""
+
+    user_error = True
 
 
 def _plain(value: Any) -> Any:
@@ -54,33 +95,42 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
 
 
-def _event(record: Mapping[str, Any]) -> StepEvent:
-    """A StepEvent from a parsed line; keys of a later version are passed over, a missing key raises KeyError."""
-    values: dict[str, Any] = {}
-    for field in fields(StepEvent):
-        if field.name == "expert_counts":  # logs of earlier versions have none
-            values[field.name] = tuple(tuple(map(int, row)) for row in record.get(field.name, ()))
-            continue
-        if field.name == "fp8":
-            rows = record.get(field.name, ())
-            values[field.name] = tuple((str(row[0]), str(row[1]), *map(float, row[2:])) for row in rows)
-            continue
-        value = record[field.name]
-        if field.name == "expert_load":
-            value = tuple(float(item) for item in value)
-        elif field.type is int:
-            value = int(value)
-        elif value is not None:
-            value = float(value)
-        values[field.name] = value
-    return StepEvent(**values)
+def _value(kind: Any, value: Any) -> Any:
+    """A parsed value as its annotation says; numbers that JSON has not came as text."""
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_value(inner[0], item) for item in value)
+        return tuple(_value(item_kind, item) for item_kind, item in zip(inner, value, strict=True))
+    if get_origin(kind) is dict:
+        return {str(key): _value(get_args(kind)[1], item) for key, item in value.items()}
+    if kind in (int, float, str):
+        return kind(value)
+    if type(None) in get_args(kind):
+        return None if value is None else _value(next(arg for arg in get_args(kind) if arg is not type(None)), value)
+    return value
 
 
-def _check_header(record: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: line 1 is not the header of an event log")
-    if record.get("version") != VERSION:
-        raise ValueError(f"{path}: event log of version {record.get('version')}, this program reads {VERSION}")
+def _event(record: Mapping[str, Any], kind: type = StepEvent) -> Any:
+    """An event from a parsed line; keys of a later version are passed over, a missing one without default: KeyError."""
+    hints, values = get_type_hints(kind), {}
+    for item in fields(kind):
+        if item.name in record:
+            values[item.name] = _value(hints[item.name], record[item.name])
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise KeyError(item.name)
+    if kind is StepEvent:  # its first two figures are names
+        rows = values.get("fp8", ())
+        values["fp8"] = tuple((str(row[0]), str(row[1]), *map(float, row[2:])) for row in rows)
+    return kind(**values)
+
+
+def _check_header(record: Any, path: Path, schema: str = SCHEMA) -> dict[str, Any]:
+    if not isinstance(record, dict) or record.get("schema") != schema:
+        raise EventError(f"{path}: line 1 is not the header of an event log ({schema})")
+    if record.get("version") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise EventError(f"{path}: event log of version {record.get('version')}, this program reads {known}")
     return record
 
 
@@ -100,7 +150,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 record, whole = {}, False
             if not whole:
                 if file.read(1):
-                    raise ValueError(f"{path}: line {number} is not a JSON object")
+                    raise EventError(f"{path}: line {number} is not a JSON object")
                 return
             yield number, end, record
 
@@ -110,28 +160,39 @@ def read_header(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     for _, _, record in _whole_lines(path):
         return _check_header(record, path)
-    raise ValueError(f"{path}: line 1 is not the header of an event log")
+    raise EventError(f"{path}: line 1 is not the header of an event log ({SCHEMA})")
 
 
-def _numbered_events(path: Path) -> Iterator[tuple[int, StepEvent]]:
+def _numbered_events(path: Path, kind: type = StepEvent) -> Iterator[tuple[int, Any]]:
     """(offset of the end, event) for each whole line after the header."""
     for number, end, record in _whole_lines(path):
         if number == 1:
-            _check_header(record, path)
+            _check_header(record, path, SCHEMAS[kind])
             continue
         try:
-            event = _event(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: line {number} is not a step event: {error!r}") from error
+            event = _event(record, kind)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            what = "a step event" if kind is StepEvent else "an event of a rank"
+            raise EventError(f"{path}: line {number} is not {what}: {error!r}") from error
         yield end, event
 
 
 def read(path: Path | str) -> list[StepEvent]:
     """All events of a log, oldest first; a torn last line is passed over.
 
-    FileNotFoundError without a file; ValueError for another kind of file, another version, or damage before the end.
+    FileNotFoundError without a file; EventError for another kind of file, another version, or damage before the end.
     """
     return [event for _, event in _numbered_events(Path(path))]
+
+
+def read_rank(path: Path | str) -> list[RankEvent]:
+    """All events of one rank's log, as `read`."""
+    return [event for _, event in _numbered_events(Path(path), RankEvent)]
+
+
+def rank_log_path(run_dir: Path | str, rank: int) -> Path:
+    """Where the log of one rank lies."""
+    return Path(run_dir) / "ranks" / f"rank{rank}.events.jsonl"
 
 
 class EventLog:
@@ -139,24 +200,32 @@ class EventLog:
 
     Without `resume_step` a new log begins, and an older one stays beside it as `<name>.previous`. With `resume_step`
     (the last step that counts, that of the checkpoint) the log goes on: later events and a torn line are cut off.
-    `facts` go into the header of a new log. ValueError when the log to resume is damaged or of another version.
+    `facts` go into the header of a new log. kind: of the events. EventError when the log to resume is damaged or of
+    another version.
     """
 
-    def __init__(self, path: Path | str, *, facts: Mapping[str, Any] | None = None, resume_step: int | None = None):
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        resume_step: int | None = None,
+        kind: type = StepEvent,
+    ):
+        self.path, self.kind = Path(path), kind
         self.path.parent.mkdir(parents=True, exist_ok=True)
         keep_bytes = 0
         if self.path.exists():
             if resume_step is None:
                 os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
             else:
-                keep_bytes = _bytes_up_to(self.path, resume_step)
+                keep_bytes = _bytes_up_to(self.path, resume_step, kind)
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (held until close)
         self._file.truncate(keep_bytes)
         if keep_bytes == 0:
-            self._file.write(_line({**(facts or {}), "schema": SCHEMA, "version": VERSION}))
+            self._file.write(_line({**(facts or {}), "schema": SCHEMAS[kind], "version": VERSION}))
 
-    def append(self, event: StepEvent) -> None:
+    def append(self, event: StepEvent | RankEvent) -> None:
         """Write one event."""
         self._file.write(_line(asdict(event)))
 
@@ -171,10 +240,10 @@ class EventLog:
         self.close()
 
 
-def _bytes_up_to(path: Path, last_step: int) -> int:
+def _bytes_up_to(path: Path, last_step: int, kind: type) -> int:
     """Length of the part of a log that ends with `last_step`; 0 when not even the header is whole."""
     keep = next((end for _, end, _ in _whole_lines(path)), 0)  # the header's end
-    for end, event in _numbered_events(path):
+    for end, event in _numbered_events(path, kind):
         if event.step > last_step:
             break
         keep = end

@@ -8,7 +8,7 @@ waits for a decision that another has not heard of.
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from launcher.build import Run
 from launcher.checkpoint.reader import read_manifest
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.checkpoint.state import agreed, checkpoints_dir, discard_temporary, load, newest_valid
+from launcher.record.collapse import CollapseWatch
 from launcher.safety.agreement import highest
 from launcher.safety.run_lock import RunLock
 from launcher.safety.spikes import SpikeGuard
@@ -78,13 +79,19 @@ class Safety:
         self._root = checkpoints_dir(run.config)
         self._lock = RunLock(Path(run.config.run_dir)) if run.process.rank == 0 else None
         self.spikes = SpikeGuard(run.config.train)
+        self.collapse = CollapseWatch(
+            steps=run.config.train.collapse_steps,
+            load=run.config.train.collapse_load,
+            num_experts=run.config.model.n_routed_experts,
+            top_k=run.config.model.num_experts_per_tok,
+        )
         self._signals = StopSignals()
         self._saver = Saver(
             run,
             # a run that saves at its end alone waits for it: no memory for a copy
             asynchronous=run.config.train.checkpoint_async and bool(run.config.train.checkpoint_every),
             lock=self._lock,
-            extra=lambda: {"spikes": self.spikes.state()},
+            extra=lambda: {"spikes": self.spikes.state(), "collapse": self.collapse.state()},
             say=self._note,
             on_phase=lambda phase: on_action(f"checkpoint: {phase}"),
         )
@@ -124,12 +131,22 @@ class Safety:
 
     def _load(self, path: Path) -> None:
         load(self._run, path, say=self._note, verified=True)
-        self.spikes.load(read_manifest(path).get("spikes"))
+        manifest = read_manifest(path)
+        self.spikes.load(manifest.get("spikes"))
+        self.collapse.load(manifest.get("collapse"))
 
     def judge(self, loss: float, norm: float) -> bool:
         """For `train_step`: whether the step may update; what a save still copies is waited for first."""
         self._saver.before_update()
         return self.spikes.judge(loss, norm)
+
+    def watch_experts(self, loads: Mapping[int, float], dead: Mapping[int, tuple[int, ...]]) -> list[str]:
+        """After a step, before `after_step`: say and keep what `CollapseWatch` finds; the lines."""
+        found = self.collapse.step(loads, dead)
+        for finding in found:
+            text = f"step {self._run.progress.step}: {finding.text}"
+            self._note(text, kind=finding.kind, block=finding.block, experts=list(finding.experts))
+        return [finding.text for finding in found]
 
     def after_step(self) -> int | None:
         """What is due after a step; the exit code if the run ends here, None if it goes on.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.record.events import SCHEMA, EventLog, StepEvent, read, read_header
+from launcher.record.events import SCHEMA, VERSION, EventLog, StepEvent, read, read_header
 
 
 def event(step: int, **changes) -> StepEvent:
@@ -39,7 +39,7 @@ def test_round_trip(tmp_path):
             log.append(item)
             assert read(path)[-1] == item  # on disk at once, not at close
     assert read(path) == written
-    assert read_header(path) == {"world_size": 4, "schedule": "dualpipe", "schema": SCHEMA, "version": 1}
+    assert read_header(path) == {"world_size": 4, "schedule": "dualpipe", "schema": SCHEMA, "version": VERSION}
 
 
 def test_not_a_number_stays_valid_json(tmp_path):
