@@ -7,10 +7,12 @@ import torch
 
 from model.config import ModelConfig
 from model.counts import parameter_shapes
+from model.fp8.quantise import Quantiser
 from model.init import initialise
 from model.router import Router
 from model.transformer import Transformer
 from parallel.expert.dispatchers import Tokens, build_dispatcher
+from parallel.expert.wire import QUANTISER
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Schedule
 from parallel.zero1 import LocalParameter
@@ -70,11 +72,16 @@ def build_local_model(
     *,
     device: torch.device,
     seed: int,
+    max_tokens: int | None = None,
+    quantiser: Quantiser = QUANTISER,
 ) -> LocalModel:
-    """Build, initialise in FP32 and describe what this rank holds; the same weights whatever the layout."""
+    """Build, initialise in FP32 and describe what this rank holds; the same weights whatever the layout.
+
+    max_tokens: of a micro-batch, for dispatchers whose buffers depend on it. quantiser: of rows sent in FP8.
+    """
     expert_ids = mesh.expert_ids(config.n_routed_experts)
-    tokens = Tokens(config.n_routed_experts, config.num_experts_per_tok, config.hidden_size)
-    dispatcher = build_dispatcher(mesh.config, groups.expert, tokens, timeout=groups.timeout)
+    tokens = Tokens(config.n_routed_experts, config.num_experts_per_tok, config.hidden_size, max_tokens)
+    dispatcher = build_dispatcher(mesh.config, groups.expert, tokens, timeout=groups.timeout, quantiser=quantiser)
     stages: dict[int, Transformer] = {}
     for number in layout.schedule.stages_of(mesh.pipeline_rank):
         with device:

@@ -2,9 +2,18 @@
 
 from dataclasses import dataclass
 
-DISPATCHERS = ("flat", "collective", "native_host", "native")
+DISPATCHERS = ("flat", "collective", "native_host", "native", "deepep")
 DISPATCH_WIRES = ("model", "bf16", "fp32", "fp8")
 COMBINE_WIRES = ("model", "bf16", "fp32")
+# What the kernels send, where that is not all of the above.
+KERNEL_WIRES = {
+    "native_host": {"dispatch_wire": ("model", "fp8")},
+    "native": {"dispatch_wire": ("model", "fp8")},
+    "deepep": {
+        "dispatch_wire": ("model", "bf16", "fp8"), "dispatch_grad_wire": ("model", "bf16", "fp8"),
+        "combine_wire": ("model", "bf16"),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,11 @@ class ParallelConfig:
     # Computed again in the backward: none; attend: all of a layer but its experts; layer: the experts too.
     recompute: str = "none"  # none | attend | layer
     # flat: one all-to-all, a row for every (token, expert); collective: between nodes, then within the node, each token
-    # once over every link; native: the same by a kernel on GPUs, native_host: by its source on the CPUs of one machine
-    dispatcher: str = "flat"
+    # once over every link; native: the same by a kernel on GPUs, native_host: by its source on the CPUs of one machine;
+    # deepep: DeepEP, where it is installed
+    dispatcher: str = "collective"
     ranks_per_node: int | None = None  # None: the processes started on each machine
+    num_sms: int = 20  # of a GPU, kept for the transfers of native and deepep; the report's number
     # How rows travel (parallel/expert/wire.py): tokens, gradients on the same way, partial sums back.
     dispatch_wire: str = "model"  # model | bf16 | fp32 | fp8
     dispatch_grad_wire: str = "model"  # model | bf16 | fp32 | fp8
@@ -48,21 +59,31 @@ class ParallelConfig:
 
 def wire_problems(config: ParallelConfig) -> list[str]:
     """Wires that the dispatcher does not have, one message each."""
-    if config.dispatcher in ("collective", "deepep"):
-        return []
     chosen = {key: getattr(config, key) for key in ("dispatch_wire", "dispatch_grad_wire", "combine_wire")}
-    if config.dispatcher not in ("native_host", "native"):
+    name = config.dispatcher
+    if name == "flat":
         return [
-            f"parallel.{key}={value} needs parallel.dispatcher=collective, not {config.dispatcher}"
+            f"parallel.{key}={value} needs parallel.dispatcher=collective, not flat"
             for key, value in chosen.items()
             if value != "model"
         ]
-    found = []
-    if chosen["dispatch_wire"] not in ("model", "fp8"):
-        found.append(f"parallel.dispatch_wire={chosen['dispatch_wire']} with {config.dispatcher}: use model or fp8")
-    if chosen["dispatch_grad_wire"] != chosen["dispatch_wire"]:
+    if name not in KERNEL_WIRES:
+        return []
+    found = [
+        f"parallel.{key}={chosen[key]} with {name}: use {' or '.join(has)}"
+        for key, has in KERNEL_WIRES[name].items()
+        if chosen[key] not in has
+    ]
+    if name != "deepep" and chosen["dispatch_grad_wire"] != chosen["dispatch_wire"]:
         found.append(
-            f"parallel.dispatch_grad_wire={chosen['dispatch_grad_wire']} with {config.dispatcher}: use "
+            f"parallel.dispatch_grad_wire={chosen['dispatch_grad_wire']} with {name}: use "
             f"{chosen['dispatch_wire']}, as parallel.dispatch_wire"
         )
     return found
+
+
+def sms_problems(config: ParallelConfig) -> list[str]:
+    """num_sms that the dispatcher cannot use."""
+    if config.dispatcher == "deepep" and config.num_sms % 2:
+        return [f"parallel.num_sms={config.num_sms}: deepep takes SMs in pairs, use {config.num_sms + 1}"]
+    return []

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from launcher.config import RunConfig
 from optim.ramp import ramp_problems
-from parallel.config import wire_problems
+from parallel.config import sms_problems, wire_problems
 
 
 def check_experts(config: RunConfig) -> list[str]:
@@ -31,7 +31,7 @@ def check_nodes(config: RunConfig) -> list[str]:
     """An expert group is whole nodes or lies inside one, where the dispatcher knows nodes; wires need one that does."""
     parallel = config.parallel
     expert, host = parallel.expert, parallel.ranks_per_node
-    found = wire_problems(parallel)
+    found = wire_problems(parallel) + sms_problems(parallel)
     if parallel.dispatcher == "flat" or host is None or min(expert, host) < 1:
         return found
     if expert % host == 0 or host % expert == 0:

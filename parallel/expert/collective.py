@@ -26,7 +26,7 @@ from parallel.expert.exchange import Exchanged, ExpertGroup, Given
 from parallel.expert.fan import Fan
 from parallel.expert.placement import Placement
 from parallel.expert.transfer import Following, Hop, Lane, Parcel, Sent, Traffic, Transfer
-from parallel.expert.wire import QUANTISER, WIRES, as_bytes, decode, encode, from_bytes, wire_dtype
+from parallel.expert.wire import GRADIENT_QUANTISER, QUANTISER, WIRES, as_bytes, decode, encode, from_bytes, wire_dtype
 
 T = TypeVar("T")
 MAX_EXPERTS_PER_NODE = 32767  # ids within a node travel as int16
@@ -98,8 +98,9 @@ class CollectiveDispatcher:
     """`TokenDispatcher` over a process group whose rank i holds the experts [i * E / n, (i + 1) * E / n).
 
     ranks_per_node: neighbouring ranks of the group on one node; must divide the group. All ranks of the group construct
-    it together (four process groups are made) and start their transfers in the same order. quantiser: of the fp8 wire;
-    other kernels give the same bits. Raises PlacementError where experts or ranks do not divide.
+    it together (four process groups are made) and start their transfers in the same order. quantiser: of the fp8 wire
+    (gradients: without its amax floor); other kernels give the same bits. Raises PlacementError where experts or ranks
+    do not divide.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class CollectiveDispatcher:
             raise ValueError(f"{self._place.experts_per_node} experts on a node: at most {MAX_EXPERTS_PER_NODE}")
         self._node, self._index = divmod(self._experts.me, ranks_per_node)
         self._wires, self._quantiser = wires, quantiser
+        self._gradients = replace(quantiser, amax_floor=GRADIENT_QUANTISER.amax_floor)
         rail = range(self._index, len(self._experts.ranks), ranks_per_node)
         node = range(self._node * ranks_per_node, (self._node + 1) * ranks_per_node)
         # A group each for every stage of both kinds: their collectives then need no common order.
@@ -214,7 +216,7 @@ class CollectiveDispatcher:
             expected = handle.to_nodes.num_items
             raise ValueError(f"x_TD has {len(values)} tokens: the handle is of a dispatch of {expected}")
         plan, wire = handle.plan, self._wires.gradient
-        parcel = encode(x_TD, wire, self._quantiser).gather(handle.to_nodes.source_C)
+        parcel = encode(x_TD, wire, self._gradients).gather(handle.to_nodes.source_C)
         first = self._dispatch_rail.start(parcel, plan.rail.sent, plan.rail.received)
 
         def forward(arrived: Parcel) -> Sent:
@@ -222,7 +224,7 @@ class CollectiveDispatcher:
             return self._dispatch_node.start(copies, plan.node.sent, plan.node.received)
 
         def finish(arrived: Parcel) -> Dispatched:
-            plain = decode(arrived, wire, dtype, self._quantiser)
+            plain = decode(arrived, wire, dtype, self._gradients)
             rows_RD = plain.index_select(0, handle.to_experts.source_C)
             return Dispatched(rows_RD, handle.weights_R, plan.counts, handle)
 
@@ -238,18 +240,18 @@ class CollectiveDispatcher:
         if weights_R is not None:
             flat = torch.zeros(handle.to_experts.num_items * handle.top_k, device=rows_RD.device)
             scalars_MK = flat.index_copy_(0, handle.slot_R, weights_R.float()).view(-1, handle.top_k)
-        partial = _narrow(handle.to_experts.sum(rows_RD), self._combine_node, wire)
+        partial = handle.to_experts.sum(rows_RD, _width(self._combine_node, wire))
         parcel = Parcel(partial, None if scalars_MK is None else as_bytes(scalars_MK))
         first = self._combine_node.start(parcel, plan.node.received, plan.node.sent)
 
         def onward(arrived: Parcel) -> Sent:
-            partial = _narrow(handle.to_ranks.sum(arrived.rows_ND), self._combine_rail, wire)
+            partial = handle.to_ranks.sum(arrived.rows_ND, _width(self._combine_rail, wire))
             scalars = _sum_scalars(arrived, handle.to_ranks)
             extra = None if scalars is None else as_bytes(scalars)
             return self._combine_rail.start(Parcel(partial, extra), plan.rail.received, plan.rail.sent)
 
         def finish(arrived: Parcel) -> Combined:
-            sum_TD = handle.to_nodes.sum(arrived.rows_ND).to(dtype)
+            sum_TD = handle.to_nodes.sum(arrived.rows_ND, dtype)
             scalars_TK = _sum_scalars(arrived, handle.to_nodes)
             return Combined(sum_TD, None if scalars_TK is None or weights_R is None else scalars_TK.to(weights_R.dtype))
 
@@ -348,9 +350,9 @@ def _marks(ids_NK: Tensor, size: int, parts: int) -> Tensor:
     return marks.scatter_(1, part_NK, True)[:, 1:]
 
 
-def _narrow(partial_ND: Tensor, hop: Hop, wire: torch.dtype) -> Tensor:
-    """Round partial sums to the wire's type, where there is a wire."""
-    return partial_ND if hop.group is None else partial_ND.to(wire)
+def _width(hop: Hop, wire: torch.dtype) -> torch.dtype | None:
+    """Partial sums are rounded to the wire's type where there is a wire, else not at all."""
+    return None if hop.group is None else wire
 
 
 def _sum_scalars(arrived: Parcel, fan: Fan) -> Tensor | None:

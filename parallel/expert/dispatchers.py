@@ -8,11 +8,9 @@ import torch.distributed as dist
 
 from model.dispatch import LocalDispatcher, TokenDispatcher
 from model.fp8.quantise import Quantiser
-from parallel.config import DISPATCHERS, ParallelConfig, wire_problems
+from parallel.config import DISPATCHERS, ParallelConfig, sms_problems, wire_problems
 from parallel.expert.placement import PlacementError
 from parallel.expert.wire import QUANTISER
-
-DEEPEP_SMS = 24  # as in its published table
 
 
 class DispatcherError(ValueError):
@@ -25,7 +23,7 @@ class DispatcherError(ValueError):
 class Tokens:
     """What is dispatched: experts of a layer, how many a token chooses, and the size of a token's vector.
 
-    max_tokens: most tokens of a rank, which only DeepEP's buffers need.
+    max_tokens: most tokens of a rank in one dispatch, which only DeepEP's buffers need.
     """
 
     num_experts: int
@@ -62,7 +60,7 @@ def build_dispatcher(
     quantiser: of the fp8 wire of `collective`. Raises PlacementError where the layout does not fit the dispatcher,
     DispatcherError for a name that is none here or a wire that it does not have.
     """
-    unfit = wire_problems(config)
+    unfit = wire_problems(config) + sms_problems(config)
     if unfit:
         raise DispatcherError(unfit[0])
     size = dist.get_world_size(group)
@@ -82,12 +80,15 @@ def build_dispatcher(
         )
     if config.dispatcher in ("native_host", "native"):
         return _native(config, group, tokens, per_node, timeout)
-    if config.dispatcher == "deepep" and tokens.max_tokens is not None:
+    if config.dispatcher == "deepep":
         from parallel.expert.deepep import DeepEPDispatcher
 
+        if tokens.max_tokens is None:
+            raise DispatcherError("parallel.dispatcher=deepep needs the most tokens of a rank (Tokens.max_tokens)")
+        wires = ["fp8" if wire == "fp8" else "bf16" for wire in (config.dispatch_wire, config.dispatch_grad_wire)]
         return DeepEPDispatcher(
             group, tokens.num_experts, hidden=tokens.hidden_size, max_tokens=tokens.max_tokens, top_k=tokens.top_k,
-            num_sms=DEEPEP_SMS, wire="fp8" if config.dispatch_wire == "fp8" else "bf16",
+            num_sms=config.num_sms, wire=wires[0], gradient_wire=wires[1],
         )  # fmt: skip
     raise DispatcherError(f"parallel.dispatcher={config.dispatcher}: use {', '.join(DISPATCHERS)}")
 
@@ -109,5 +110,5 @@ def _native(
         ),
     }  # fmt: skip
     if config.dispatcher == "native":
-        return NativeGpuDispatcher(group, **sizes)
+        return NativeGpuDispatcher(group, num_sms=config.num_sms, **sizes)
     return NativeHostDispatcher.over_group(group, **sizes)

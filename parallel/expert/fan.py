@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SCRATCH_ELEMENTS, LEAST_COLUMNS = 1 << 19, 64  # 2 MiB in FP32; of a block of columns
+
 
 @dataclass(frozen=True)
 class Fan:
@@ -29,10 +31,21 @@ class Fan:
         sizes_N = ones.new_zeros(self.num_items).scatter_add_(0, self.source_C, ones)
         return order_C, sizes_N.cumsum(0) - sizes_N
 
-    def sum(self, rows_CD: Tensor) -> Tensor:
-        """Sum of each item's copies, in their order, accumulated and returned in FP32 (FP64 for FP64): [N, D]."""
-        wide = rows_CD if rows_CD.dtype == torch.float64 else rows_CD.float()
-        if not len(wide) or not self.num_items:
-            return wide.new_zeros(self.num_items, rows_CD.shape[1])
+    def sum(self, rows_CD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Sum of each item's copies, in their order, accumulated in FP32 (FP64 for FP64) and rounded once: [N, D].
+
+        dtype: of the result; None: as accumulated.
+        """
+        wide = torch.float64 if rows_CD.dtype == torch.float64 else torch.float32
+        dtype = dtype or wide
+        if not len(rows_CD) or not self.num_items:
+            return rows_CD.new_zeros(self.num_items, rows_CD.shape[1], dtype=dtype)
         order_C, offsets_N = self._bags
-        return F.embedding_bag(order_C, wide, offsets_N, mode="sum")
+        if rows_CD.is_cuda or rows_CD.dtype == dtype == wide:
+            return F.embedding_bag(order_C, rows_CD.to(wide), offsets_N, mode="sum").to(dtype)
+        # Some columns at a time, so that what is widened is still in the cache when it is added up.
+        width = max(LEAST_COLUMNS, SCRATCH_ELEMENTS // len(rows_CD))
+        total = rows_CD.new_empty(self.num_items, rows_CD.shape[1], dtype=dtype)
+        for part, out in zip(rows_CD.split(width, 1), total.split(width, 1), strict=True):
+            out.copy_(F.embedding_bag(order_C, part.to(wide).contiguous(), offsets_N, mode="sum"))
+        return total

@@ -14,6 +14,8 @@ from parallel.expert.transfer import Parcel
 
 WIRES = ("model", "bf16", "fp32", "fp8")
 QUANTISER = Quantiser(Tile.ROW)  # power-of-two scales, amax floor 1e-4
+# The floor would flush the small gradients of large batches to zero.
+GRADIENT_QUANTISER = Quantiser(Tile.ROW, amax_floor=0.0)
 
 
 def as_bytes(x_NK: Tensor) -> Tensor:

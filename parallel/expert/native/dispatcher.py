@@ -17,6 +17,7 @@ from model.fp8.formats import QuantisedTensor
 from parallel.expert.native import fp8_rows
 from parallel.expert.native.failure import NativeError
 from parallel.expert.native.library import BF16, BYTES, FP32, Machine, Shape, Transfer
+from parallel.expert.wire import GRADIENT_QUANTISER, QUANTISER
 
 T = TypeVar("T")
 FORMATS = {torch.bfloat16: BF16, torch.float32: FP32}
@@ -178,9 +179,12 @@ class KernelDispatcher:
     def _carry(self, x_TD: Tensor | QuantisedTensor, weights_TK: Tensor | None, handle: NativeHandle) -> Dispatched:
         plain_TD = x_TD.values if isinstance(x_TD, QuantisedTensor) else x_TD
         (row_bytes, form), hidden = self._wire_of(plain_TD), plain_TD.shape[1]
-        sent = fp8_rows.pack(x_TD) if form == BYTES else F.pad(plain_TD, (0, padded(hidden) - hidden)).contiguous()
-        rows = sent.new_empty(handle.rows, sent.shape[1])
         first = weights_TK is not None
+        if form == BYTES:
+            sent = fp8_rows.pack(x_TD, QUANTISER if first else GRADIENT_QUANTISER)
+        else:
+            sent = F.pad(plain_TD, (0, padded(hidden) - hidden)).contiguous()
+        rows = sent.new_empty(handle.rows, sent.shape[1])
         status = self.machine.library.ep_dispatch(
             self.machine.handle, handle.transfer, sent.data_ptr(), weights_TK.data_ptr() if first else None,
             rows.data_ptr(), handle.weights_R.data_ptr() if first else None, row_bytes, form,

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from model.fp8.formats import QuantisedTensor, num_strips
+from model.fp8.quantise import Quantiser
 from parallel.expert.transfer import Parcel
-from parallel.expert.wire import decode, encode
+from parallel.expert.wire import QUANTISER, decode, encode
 
 
 def packed_bytes(hidden: int) -> int:
@@ -13,9 +14,9 @@ def packed_bytes(hidden: int) -> int:
     return -(-(hidden + num_strips(hidden)) // 16) * 16
 
 
-def pack(x_TD: Tensor | QuantisedTensor) -> Tensor:
+def pack(x_TD: Tensor | QuantisedTensor, quantiser: Quantiser = QUANTISER) -> Tensor:
     """[T, D] -> uint8 [T, packed_bytes(D)], quantised as `parallel.expert.wire` does."""
-    parcel = encode(x_TD, "fp8")
+    parcel = encode(x_TD, "fp8", quantiser)
     values, exponents = parcel.rows_ND, parcel.extra_NB
     assert exponents is not None
     hidden, tiles = values.shape[1], exponents.shape[1]

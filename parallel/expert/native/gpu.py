@@ -86,6 +86,12 @@ def find_nccl() -> str:
     return "libnccl.so.2"
 
 
+def _check_sms(num_sms: int, on_gpu: int) -> None:
+    """Some SMs must be left to everything else, or a kernel that a transfer waits for would wait for it."""
+    if not 1 <= num_sms < on_gpu:
+        raise NativeError(f"dispatcher native: num_sms={num_sms}: from 1 to {on_gpu - 1}, this GPU has {on_gpu}")
+
+
 class NativeGpuDispatcher(KernelDispatcher):
     """See `KernelDispatcher`. Transfers run on a stream of their own and on num_sms SMs, which must be free.
 
@@ -96,11 +102,12 @@ class NativeGpuDispatcher(KernelDispatcher):
 
     def __init__(
         self, group: dist.ProcessGroup, *, num_nodes: int, num_experts: int, hidden_size: int, top_k: int,
-        config: NativeConfig, num_sms: int = 10, nccl: str | None = None,
+        config: NativeConfig, num_sms: int = 20, nccl: str | None = None,
     ) -> None:  # fmt: skip
         """Collective; nodes are groups of neighbouring ranks with NVLink among them. nccl: path of libnccl.so.2."""
         if not torch.cuda.is_available():
             raise NativeError("dispatcher native needs CUDA GPUs; native_host runs the same kernels on a CPU")
+        _check_sms(num_sms, torch.cuda.get_device_properties("cuda").multi_processor_count)
         geometry = Geometry(dist.get_world_size(group), num_nodes, num_experts, hidden_size, top_k)
         shape, rank = checked_shape(geometry, config, channels=CHANNELS_PER_SM * num_sms), dist.get_rank(group)
         library = GpuLibrary(gpu_library(), nccl or find_nccl())  # before any rank waits for another

@@ -28,6 +28,7 @@ class Case:
     top_k: int = 4
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    grad_scale: float = 1.0
 
 
 FIXED = {
@@ -82,7 +83,7 @@ def routing(case: Case, rank: int) -> Routing:
     if case.how == "none":
         ids = torch.full_like(ids, -1)
     x, grad = (torch.randn(num_tokens, case.hidden, generator=g).to(case.dtype) for _ in range(2))
-    return Routing(x, ids, torch.rand(ids.shape, generator=g), grad)
+    return Routing(x, ids, torch.rand(ids.shape, generator=g), grad * case.grad_scale)
 
 
 def expert(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from tests.distributed import run_distributed
 from tests.launcher.spine import config, parallel_trace, plain_trace, write_tokens
 from tests.launcher.test_spine import compare
 
-BACKENDS = ("collective", "native_host")
+BACKENDS = ("flat", "collective", "native_host")
 
 
 def run_case(folder: Path, layout: tuple[int, int, int], schedule: str, layers: Any, **chosen: Any) -> None:
@@ -31,8 +31,9 @@ def test_dualpipe(tmp_path: Path, dispatcher: str, ranks_per_node: int) -> None:
     run_case(tmp_path, (2, 2, 2), "dualpipe", (2, 4), dispatcher=dispatcher, ranks_per_node=ranks_per_node)
 
 
-def test_two_nodes_of_two(tmp_path: Path) -> None:
-    run_case(tmp_path, (1, 4, 4), "1f1b", None, dispatcher="collective", ranks_per_node=2)
+@pytest.mark.parametrize("dispatcher", BACKENDS)
+def test_two_nodes_of_two(tmp_path: Path, dispatcher: str) -> None:
+    run_case(tmp_path, (1, 4, 4), "1f1b", None, dispatcher=dispatcher, ranks_per_node=2)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.fp8.formats import Scales, Tile
 from model.fp8.quantise import Quantiser
-from parallel.expert.wire import WIRES, as_bytes, decode, encode, from_bytes, row_bytes
+from parallel.expert.wire import GRADIENT_QUANTISER, WIRES, as_bytes, decode, encode, from_bytes, row_bytes
 
 
 def by_hand(row: np.ndarray) -> np.ndarray:
@@ -38,6 +38,15 @@ def test_fp8_is_what_its_definition_says(hidden: int, dtype: torch.dtype) -> Non
 def test_the_report_s_row_is_7224_bytes() -> None:
     assert row_bytes(7168, wire="fp8", dtype=torch.bfloat16) == 7168 + 56
     assert row_bytes(7168, wire="model", dtype=torch.bfloat16) == 14336
+
+
+def test_small_gradients_are_not_flushed() -> None:
+    """A gradient of a large batch lies far below the floor that activations have."""
+    grad = 1e-11 * torch.randn(5, 256).bfloat16()
+    arrived = decode(encode(grad, "fp8", GRADIENT_QUANTISER), "fp8", torch.bfloat16)
+    assert ((arrived - grad).norm() / grad.norm()) < 0.04
+    assert not decode(encode(grad, "fp8"), "fp8", torch.bfloat16).any()
+    assert not decode(encode(0 * grad, "fp8", GRADIENT_QUANTISER), "fp8", torch.bfloat16).any()
 
 
 def test_a_quantised_tensor_travels_as_it_is() -> None:

@@ -2,14 +2,16 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.fp8.quantise import Quantiser
 from parallel.expert.native.dispatcher import Geometry, NativeConfig
 from parallel.expert.native.host import NativeHostDispatcher
+from parallel.expert.wire import GRADIENT_QUANTISER, QUANTISER, decode, encode
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,25 @@ def minimum(own: Routing, *, me: int, ranks: int, nodes: int, experts: int) -> i
     return sum(len({expert // node_experts for expert in ids if expert >= 0} - {node}) for ids in own.ids_TK.tolist())
 
 
+def through_fp8(x_TD: Tensor, quantiser: Quantiser) -> Tensor:
+    """What the FP8 wire makes of rows."""
+    return decode(encode(x_TD, "fp8", quantiser), "fp8", x_TD.dtype)
+
+
 def check_rank(dispatcher: NativeHostDispatcher, routings: list[Routing]) -> None:
-    """Dispatch and combine of one rank against the above, then both again along the cached routing."""
+    """Dispatch and combine of one rank against the above, then dispatch again along the cached routing, as a gradient.
+
+    Where the wire is FP8, against what FP8 makes of the same tokens.
+    """
     geometry, me = dispatcher.geometry, dispatcher.rank
+    given, fp8 = routings[me].x_TD, dispatcher.config.dispatch_wire == "fp8"
+    gradients = [replace(sent, x_TD=-sent.x_TD) for sent in routings]
+    if fp8:
+        routings = [replace(sent, x_TD=through_fp8(sent.x_TD, QUANTISER)) for sent in routings]
+        gradients = [replace(sent, x_TD=through_fp8(sent.x_TD, GRADIENT_QUANTISER)) for sent in gradients]
     own = routings[me]
     rows, weights, counts = arrived(routings, me, geometry.num_experts)
-    sent = dispatcher.dispatch(own.x_TD, own.ids_TK, own.weights_TK).wait()
+    sent = dispatcher.dispatch(given, own.ids_TK, own.weights_TK).wait()
     assert sent.counts == counts
     assert torch.equal(sent.rows_RD, rows) and torch.equal(sent.weights_R, weights)
     wire = torch.float32 if dispatcher.config.combine_wire == "fp32" else own.x_TD.dtype
@@ -107,8 +122,9 @@ def check_rank(dispatcher: NativeHostDispatcher, routings: list[Routing]) -> Non
     assert torch.equal(back.sum_TD, combined(own, wire=wire, **places))
     assert back.weights_TK is not None
     assert torch.equal(back.weights_TK, torch.where(own.ids_TK >= 0, own.weights_TK, 0))
-    again = dispatcher.dispatch(-own.x_TD, handle=sent.handle).wait()
-    assert torch.equal(again.rows_RD, -rows) and torch.equal(again.weights_R, weights)
+    again = dispatcher.dispatch(-given, handle=sent.handle).wait()
+    assert torch.equal(again.rows_RD, arrived(gradients, me, geometry.num_experts)[0])
+    assert torch.equal(again.weights_R, weights)
 
 
 def on_threads(dispatchers: list[NativeHostDispatcher], work: Callable[[NativeHostDispatcher], Any]) -> list[Any]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from parallel.expert.native.dispatcher import NativeConfig
 from tests.parallel.expert.native.reference import Routing, minimum, routing, run_ranks
 
-SMALL = NativeConfig(timeout_seconds=60)
+SMALL, FP8 = NativeConfig(timeout_seconds=60), NativeConfig(timeout_seconds=60, dispatch_wire="fp8", seed=2)
 # (nodes, ranks of a node)
 GEOMETRIES = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 2), (2, 4)]
 
@@ -36,9 +36,10 @@ def test_equals_the_definition(nodes: int, local: int, seed: int) -> None:
 
 @pytest.mark.parametrize("how", ["random", "unused", "first", "last"])
 @pytest.mark.parametrize("tokens", [(0, 0), (1, 0), (1, 1), (13, 0, 2, 7)])
-def test_odd_sizes(how: str, tokens: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("config", [SMALL, FP8], ids=["bf16", "fp8"])
+def test_odd_sizes(how: str, tokens: tuple[int, ...], config: NativeConfig) -> None:
     sent = routings(4, tokens=tokens, how=how)
-    check_minimum(run_ranks(sent, nodes=2, experts=8, config=SMALL), sent, nodes=2, experts=8)
+    check_minimum(run_ranks(sent, nodes=2, experts=8, config=config), sent, nodes=2, experts=8)
 
 
 @pytest.mark.parametrize("config", [
@@ -68,9 +69,10 @@ def test_order_of_sums(wire: str) -> None:
     run_ranks(sent, nodes=3, experts=36, config=NativeConfig(timeout_seconds=60, combine_wire=wire))
 
 
-def test_64_ranks_on_8_nodes() -> None:
-    sent = routings(64, tokens=(9, 4, 0, 7), hidden=32, experts=128, top_k=8)
-    config = NativeConfig(timeout_seconds=120, seed=1)
+@pytest.mark.parametrize("wire", ["same", "fp8"])
+def test_64_ranks_on_8_nodes(wire: str) -> None:
+    sent = routings(64, tokens=(9, 4, 0, 1), hidden=32, experts=128, top_k=8)
+    config = NativeConfig(timeout_seconds=120, seed=1, dispatch_wire=wire)
     check_minimum(run_ranks(sent, nodes=8, experts=128, config=config), sent, nodes=8, experts=128)
 
 
@@ -100,5 +102,7 @@ def check_random(data: st.DataObject) -> None:
         x_TD = torch.randn(len(ids_TK), 8, generator=generator).bfloat16()
         sent.append(Routing(x_TD, ids_TK, torch.rand(ids_TK.shape, generator=generator)))
     ring, chunk, channels, seed = data.draw(st.tuples(*[st.integers(1, 4)] * 4))
-    config = NativeConfig(ring=ring, chunk=chunk, channels=channels, seed=seed - 1, timeout_seconds=60)
+    wire = data.draw(st.sampled_from(["same", "fp8"]))
+    limits = {"ring": ring, "chunk": chunk, "channels": channels, "timeout_seconds": 60.0}
+    config = NativeConfig(**limits, seed=seed - 1, dispatch_wire=wire)  # type: ignore[arg-type]
     check_minimum(run_ranks(sent, nodes=nodes, experts=experts, config=config), sent, nodes=nodes, experts=experts)
