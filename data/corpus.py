@@ -12,11 +12,12 @@ import subprocess
 import sysconfig
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+
+from data.inputs import Reject, text_or_reject
 
 CORPORA: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"stdlib": ("stdlib",), "full": ("stdlib", "linux-doc", "linux-doc-zh", "perl-doc", "songci")}
@@ -68,30 +69,33 @@ def default_cache_dir() -> Path:
 
 
 def collect(
-    name: str, *, cache_dir: str | Path | None = None, skipped: Counter[str] | None = None
+    name: str, *, cache_dir: str | Path | None = None, rejects: list[Reject] | None = None
 ) -> Iterator[Document]:
     """Documents of a corpus of CORPORA, always in the same order for the same files.
 
-    skipped: counts the files left out, by reason ("symlink", "not UTF-8", "empty"). Raises CorpusError at once, before
-    the first document, if a source is missing: a corpus is never silently smaller than its name says.
+    rejects: gets the files set aside, as documents are drawn: links, invalid UTF-8, nothing but blanks.
+    Raises CorpusError at once, before the first document, if a source is missing: a corpus is never silently smaller
+    than its name says.
     """
     if name not in CORPORA:
         raise CorpusError(f"no corpus {name!r}; there are {', '.join(sorted(CORPORA))}")
-    counts = Counter() if skipped is None else skipped
+    aside: list[Reject] = [] if rejects is None else rejects
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     parts: list[Iterator[Document]] = []
     if "stdlib" in CORPORA[name]:
-        parts.append(_stdlib(counts))
+        parts.append(_stdlib(aside))
     if "linux-doc" in CORPORA[name]:
-        parts.append(_linux_doc(_fetched(cache, "linux-doc-6.1", _fetch_debian), counts))
+        parts.append(_linux_doc(_fetched(cache, "linux-doc-6.1", _fetch_debian), aside))
     if "perl-doc" in CORPORA[name]:
-        parts.append(_perl_doc(_fetched(cache, "perl-doc", _fetch_debian), counts))
+        parts.append(_perl_doc(_fetched(cache, "perl-doc", _fetch_debian), aside))
     if "songci" in CORPORA[name]:
         parts.append(_songci(_fetched(cache, "chinese-poetry@2.0.1", _fetch_npm)))
     return (document for part in parts for document in part)
 
 
-def _walk(root: Path, skipped: Counter[str], *, without: frozenset[str] = frozenset()) -> Iterator[tuple[str, Path]]:
+def _walk(
+    source: str, root: Path, rejects: list[Reject], *, without: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Path]]:
     """Regular files below root as (label, path), sorted, without folders of some names.
 
     The label is the path relative to root. Links are left out: they are aliases of files already seen.
@@ -102,49 +106,45 @@ def _walk(root: Path, skipped: Counter[str], *, without: frozenset[str] = frozen
         found += [Path(folder, name) for name in names]
     for label, path in sorted((path.relative_to(root).as_posix(), path) for path in found):
         if path.is_symlink():
-            skipped["symlink"] += 1
+            rejects.append(Reject(f"{source}: {label}", 0, None, "symbolic link", "not followed", ""))
         elif path.is_file():
             yield label, path
 
 
-def _read(source: str, label: str, path: Path, skipped: Counter[str]) -> Iterator[Document]:
-    """The file as a document, byte for byte (no newline translation), or nothing and a count."""
+def _read(source: str, label: str, path: Path, rejects: list[Reject]) -> Iterator[Document]:
+    """The file as a document, byte for byte (no newline translation), or nothing and a reject."""
     raw = path.read_bytes()
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return
-    if text:
-        yield Document(source, label, text)
+    found = text_or_reject(raw, f"{source}: {label}", 0, 0)
+    if isinstance(found, Reject):
+        rejects.append(found)
     else:
-        skipped["empty"] += 1
+        yield Document(source, label, found.text)
 
 
-def _stdlib(skipped: Counter[str]) -> Iterator[Document]:
-    for label, path in _walk(Path(sysconfig.get_path("stdlib")), skipped, without=_STDLIB_SKIPPED):
+def _stdlib(rejects: list[Reject]) -> Iterator[Document]:
+    for label, path in _walk("stdlib", Path(sysconfig.get_path("stdlib")), rejects, without=_STDLIB_SKIPPED):
         # written when Python was built: they hold paths of the machine it was built on
         generated = path.name.startswith("_sysconfigdata") or label.startswith("config-")
         if path.suffix == ".py" and not generated:
-            yield from _read("stdlib", label, path, skipped)
+            yield from _read("stdlib", label, path, rejects)
 
 
-def _linux_doc(root: Path, skipped: Counter[str]) -> Iterator[Document]:
+def _linux_doc(root: Path, rejects: list[Reject]) -> Iterator[Document]:
     base = root / "usr/share/doc/linux-doc-6.1/Documentation"
-    for label, path in _walk(base, skipped):
+    for label, path in _walk("linux-doc", base, rejects):
         plain = label.removesuffix(".gz")
         translated = label.startswith("translations/")
         if not plain.endswith((".rst", ".txt")) or (translated and not label.startswith("translations/zh_CN/")):
             continue
-        yield from _read("linux-doc-zh" if translated else "linux-doc", plain, path, skipped)
+        yield from _read("linux-doc-zh" if translated else "linux-doc", plain, path, rejects)
 
 
-def _perl_doc(root: Path, skipped: Counter[str]) -> Iterator[Document]:
-    for label, path in _walk(root / "usr/share/perl", skipped):
+def _perl_doc(root: Path, rejects: list[Reject]) -> Iterator[Document]:
+    for label, path in _walk("perl-doc", root / "usr/share/perl", rejects):
         if path.suffix == ".pod":
-            yield from _read("perl-doc", label, path, skipped)
+            yield from _read("perl-doc", label, path, rejects)
 
 
 def _songci(root: Path) -> Iterator[Document]:

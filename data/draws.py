@@ -11,12 +11,12 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 / golden ratio, odd
+_HELDOUT_KEY = b"expertpipe held-out split 1"
 
 
 class Purpose(IntEnum):
     """What a draw decides; draws of different purposes are independent."""
 
-    HELDOUT = 1
     FIM = 2
     FIM_CUTS = 3
     SPLIT = 4
@@ -60,3 +60,13 @@ def threshold(rate: float) -> int:
     """A draw is below this with probability `rate`, in [0, 1]."""
     assert 0 <= rate <= 1, f"a rate of {rate}"
     return int(rate * 2.0**64)
+
+
+def keyed_hash(raw: bytes, key: bytes) -> int:
+    """64 bits that depend on a document's UTF-8 text alone, so neither order nor neighbours move it."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "little")
+
+
+def is_heldout(raw: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the held-out set; no seed moves text between the two sets."""
+    return keyed_hash(raw, _HELDOUT_KEY) < fraction * 2.0**64

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.draws import Purpose, document_hash, document_id, draw, threshold
+from data.draws import document_hash, document_id, is_heldout
 from data.fim import FimTokens, cuts, is_turned, turned
+from data.index import sha256_file
 from data.inputs import Reject, Text, Unit, read
-from data.prepare import load_tokenizer
 from data.split import Splits, find_splits
-from data.tokenizer_file import TokenizerError, special_ids
+from data.tokenizer_file import TokenizerError, load_tokenizer, special_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -96,7 +96,7 @@ class Encoder:
         """A record [] of DOCUMENT and the ids [length], end of sentence included, of each document."""
         digests = [document_hash(document.raw) for document in documents]
         names = [document_id(digest) for digest in digests]
-        plans = [self._pieces(document.text, name) for document, name in zip(documents, names, strict=True)]
+        plans = [self._pieces(document, name) for document, name in zip(documents, names, strict=True)]
         flat = [piece for pieces, _ in plans for piece in pieces]
         encodings = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         for document, digest, name, (pieces, heldout) in zip(documents, digests, names, plans, strict=True):
@@ -108,10 +108,9 @@ class Encoder:
             record[()] = (name, rest, len(ids), len(document.raw), heldout, fim is not None, num_split)
             yield record, ids
 
-    def _pieces(self, text: str, name: int) -> tuple[list[str], bool]:
+    def _pieces(self, document: Text, name: int) -> tuple[list[str], bool]:
         """What is tokenised by itself: the text, or prefix, middle and suffix. Held-out text stays as it is."""
-        # the seed is not the recipe's: another seed for training must not move text between the two sets
-        heldout = draw(0, Purpose.HELDOUT, name) < threshold(self.recipe.heldout_fraction)
+        text, heldout = document.text, is_heldout(document.raw, self.recipe.heldout_fraction)
         if heldout or not is_turned(name, rate=self.recipe.fim_rate, seed=self.recipe.seed):
             return [text], heldout
         begin, end = cuts(len(text), name, seed=self.recipe.seed)
@@ -129,9 +128,14 @@ class Encoder:
 
 
 @lru_cache(maxsize=1)
+def _encoder(recipe: Recipe, tokenizer_sha256: str) -> Encoder:
+    del tokenizer_sha256  # a part of the key: another file may have come under the same name
+    return Encoder(recipe)
+
+
 def encoder(recipe: Recipe) -> Encoder:
     """The encoder of this process, made once: reading a tokenizer takes longer than many a unit."""
-    return Encoder(recipe)
+    return _encoder(recipe, sha256_file(recipe.tokenizer))
 
 
 def unit_path(work: Path, number: int, ending: str) -> Path:

@@ -23,13 +23,13 @@ from typing import Any, TypeVar
 from data.assemble import Shard, ShardResult, mark_duplicates, plan_shards, write_shard
 from data.encode import Encoder, Recipe, UnitResult, encode_unit, finished
 from data.index import TokenFileError, sha256_file, sibling
-from data.inputs import InputError, Plan, plan, reject_json
-from data.prepare import PrepareError
+from data.inputs import InputError, Plan, PrepareError, Reject, Source, plan, reject_json
 from data.tokens import FileRecord, Manifest, SourceRecord, accept, file_problems
 
-RECIPE_VERSION = 1  # counts up whenever the same recipe would give other files
+RECIPE_VERSION = 2  # counts up whenever the same recipe would give other files
 REJECTS_FILE = "rejects.jsonl"
 TOKENIZER_FILE = "tokenizer.json"
+TEXT_FOLDER = ".text"  # inside the output folder: what data/prepare.py collects there before it comes here
 R = TypeVar("R")
 
 
@@ -62,8 +62,7 @@ class _Job:
     recipe: Recipe
     encoder: Encoder
     plan: Plan
-    inputs: tuple[str, ...]
-    licence: str
+    sources: tuple[Source, ...]
     out: Path
     work: Path
     arguments: dict[str, Any]
@@ -76,45 +75,54 @@ def _silent(report: Report) -> None:
 
 
 def ingest(
-    inputs: Sequence[str | Path],
+    inputs: Sequence[str | Path | Source],
     out_dir: str | Path,
     recipe: Recipe,
     *,
     workers: int,
     licence: str = "not stated",
+    rejects: Sequence[Reject] = (),
     shard_tokens: int = 8_000_000_000,
     on_progress: Callable[[Report], None] = _silent,
 ) -> Ingested:
     """Tokenises files and folders into OUT; a killed call is continued by the same call.
 
-    workers: processes; 0: this one. Raises InputError, TokenizerError or PrepareError with what cannot work before
+    workers: processes; 0: this one. licence: of the inputs that say nothing of themselves. rejects: what was set aside
+    before. Raises InputError, TokenizerError or PrepareError with what cannot work before
     anything is read, and PrepareError if a worker dies or nothing is left to train on.
     """
     _check(recipe, shard_tokens, workers)
     out = Path(out_dir)
     made = Encoder(recipe)
-    planned = plan(inputs, text_key=recipe.text_key)
-    if any(Path(state.path).resolve().is_relative_to(out.resolve()) for state in planned.files):
+    sources = tuple(
+        found if isinstance(found, Source) else Source(str(found), Path(found).name, licence, str(found))
+        for found in inputs
+    )
+    planned = plan([source.path for source in sources], text_key=recipe.text_key)
+    planned = replace(planned, rejects=(*rejects, *planned.rejects))
+    own = (out / TEXT_FOLDER).resolve()
+    paths = [Path(state.path).resolve() for state in planned.files]
+    if any(path.is_relative_to(out.resolve()) and not path.is_relative_to(own) for path in paths):
         raise PrepareError(f"{out}: the output folder holds inputs; choose another one")
-    names = tuple(map(str, inputs))
-    arguments = _arguments(recipe, made, planned, shard_tokens, names)
-    job = _Job(recipe, made, planned, names, licence, out, out / ".work", arguments, workers, on_progress)
+    arguments = _arguments(recipe, made, planned, shard_tokens, sources)
+    job = _Job(recipe, made, planned, sources, out, out / ".work", arguments, workers, on_progress)
     complete = _complete(job)
     if complete is not None:
         return complete
     _open_work(job)
     results = _encode(job)
-    rejects = _rejects(job, results)
+    reasons = _rejects(job, results)
     if not any(result.documents for result in results):
-        raise PrepareError(f"no document in {', '.join(names)}: {len(rejects)} rejects, see {out / REJECTS_FILE}")
-    on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(rejects)))
+        names = ", ".join(source.path for source in sources)
+        raise PrepareError(f"no document in {names}: {len(reasons)} rejects, see {out / REJECTS_FILE}")
+    on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(reasons)))
     duplicates = mark_duplicates(job.work, len(planned.units))
     shards = plan_shards(job.work, len(planned.units), shard_tokens)
     if shards[0].set_name != "train":
         raise PrepareError(f"every document was held out; heldout_fraction is {recipe.heldout_fraction}")
     written = _write(job, shards)
     counts = {"documents_read": sum(result.documents for result in results), "duplicates": duplicates}
-    counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(rejects).items())}
+    counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(reasons).items())}
     _copy_tokenizer(job)
     manifests = [_manifest(job, name, shards, written, counts) for name in ("train", "heldout")]
     shutil.rmtree(job.work)
@@ -132,11 +140,13 @@ def _check(recipe: Recipe, shard_tokens: int, workers: int) -> None:
 
 
 def _arguments(
-    recipe: Recipe, made: Encoder, planned: Plan, shard_tokens: int, inputs: Sequence[str]
+    recipe: Recipe, made: Encoder, planned: Plan, shard_tokens: int, sources: Sequence[Source]
 ) -> dict[str, Any]:
     """What decides the result, as the manifest records it."""
     fim = asdict(made.special.fim) if made.special.fim and recipe.fim_rate else None
-    listing = hashlib.sha256(json.dumps([(state.path, state.bytes) for state in planned.files]).encode()).hexdigest()
+    # inside their inputs, so that a folder may move
+    files = [(_inside(state.path, sources), state.bytes) for state in planned.files]
+    listing = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return {
         "recipe": RECIPE_VERSION,
         **asdict(recipe),
@@ -144,11 +154,19 @@ def _arguments(
         "fim_tokens": fim,
         "end_of_sentence": made.special.end_of_sentence,
         "shard_tokens": shard_tokens,
-        "inputs": list(inputs),
+        "inputs": [source.origin for source in sources],
         "input_files": len(planned.files),
         "input_bytes": sum(state.bytes for state in planned.files),
         "input_listing_sha256": listing,
     }
+
+
+def _inside(path: str, sources: Sequence[Source]) -> str:
+    """Where a file lies in its input, after the input's name."""
+    for source in sources:
+        if Path(path).is_relative_to(source.path):
+            return (Path(source.name) / Path(path).relative_to(source.path)).as_posix()
+    return path
 
 
 def _complete(job: _Job) -> Ingested | None:
@@ -326,7 +344,7 @@ def _manifest(
 
 
 def _sources(job: _Job, results: Sequence[ShardResult]) -> Iterator[SourceRecord]:
-    for number, name in enumerate(job.inputs):
+    for number, source in enumerate(job.sources):
         documents = sum(result.source_documents.get(number, 0) for result in results)
         size = sum(result.source_bytes.get(number, 0) for result in results)
-        yield SourceRecord(Path(name).name, documents, size, job.licence, name)
+        yield SourceRecord(source.name, documents, size, source.licence, source.origin)

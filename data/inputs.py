@@ -32,6 +32,22 @@ class InputError(ValueError):
         self.errors = list(errors)
 
 
+class PrepareError(ValueError):
+    """What was read cannot give the token files that are asked for."""
+
+    user_error = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input and what the manifest says of it: its name, its terms, and where it comes from."""
+
+    path: str
+    name: str
+    licence: str
+    origin: str
+
+
 @dataclass(frozen=True)
 class Unit:
     """Part of the input: bytes [begin, end) of a JSON-lines file, row group `begin` of a parquet file, or text files.
@@ -181,12 +197,13 @@ def read(unit: Unit, *, text_key: str, count_line: Callable[[], None]) -> Iterat
         yield from _read_parquet(unit, text_key)
     elif unit.kind == "text":
         for path in unit.paths:
-            yield _text(Path(path).read_bytes(), path, 0, 0)
+            yield text_or_reject(Path(path).read_bytes(), path, 0, 0)
     else:
         yield from _read_lines(unit, text_key, count_line)
 
 
-def _text(raw: bytes, file: str, line: int, offset: int | None) -> Item:
+def text_or_reject(raw: bytes, file: str, line: int, offset: int | None) -> Item:
+    """A document, unless its bytes are no UTF-8 or blanks alone; where they were found goes into the reject."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -240,7 +257,7 @@ def _json_document(raw: bytes, file: str, line: int, offset: int, key: str) -> I
     if not isinstance(value[key], str):
         return _reject(file, line, offset, "text is no string", f"{key!r} is {type(value[key]).__name__}", raw)
     try:
-        return _text(value[key].encode("utf-8"), file, line, offset)
+        return text_or_reject(value[key].encode("utf-8"), file, line, offset)
     except UnicodeEncodeError as error:
         detail = f"character {error.start} is half of a surrogate pair"
         return _reject(file, line, offset, "invalid Unicode", detail, raw)
@@ -298,7 +315,7 @@ def _read_parquet(unit: Unit, key: str) -> Iterator[Item]:
         if value is None:
             yield _reject(file, row, None, "empty document", "null", b"")
         else:
-            yield _text(value, file, row, None)
+            yield text_or_reject(value, file, row, None)
 
 
 def reject_json(reject: Reject) -> str:

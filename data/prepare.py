@@ -1,59 +1,29 @@
-"""From text to token files: duplicates out, a held-out split, a byte-level BPE tokenizer, PREFIX.bin/.idx/.json.
+"""Text that is on this machine, with a tokenizer of its own, as one more source of `data.ingest`.
 
-    documents -> exact duplicates removed -> split by a keyed hash of the content -> tokenizer trained on a sample of
-    the training part -> ids + end of sentence -> OUT/{train,heldout}.{bin,idx,json} and OUT/tokenizer.json
+    documents -> OUT/.text/SOURCE.jsonl -> a tokenizer trained on a sample of the training part -> ingest -> OUT
 
-The text of the corpus is held in memory, which suits the corpora of data/corpus.py (12 to 54 MB). Two preparations of
-the same documents with the same arguments write the same bytes.
+What is done to a document, the held-out split, duplicates, rejects and manifests are ingest's; here are only the
+collecting and the tokenizer. The text of the corpus is held in memory, which suits those of data/corpus.py (12 to
+54 MB). Two preparations of the same documents with the same arguments write the same bytes.
 """
 
-import hashlib
+import filecmp
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from data.corpus import SOURCES, Document, SourceInfo, collect
-from data.tokens import (
-    FileRecord,
-    Manifest,
-    SourceRecord,
-    TokenFile,
-    TokenFileError,
-    TokenWriter,
-    file_problems,
-    sha256_file,
-    sibling,
-)
+from data.draws import is_heldout
+from data.encode import Recipe
+from data.ingest import TEXT_FOLDER, TOKENIZER_FILE, Report, ingest
+from data.inputs import PrepareError, Reject, Source
+from data.tokenizer_file import load_tokenizer
+from data.tokenizer_training import MIN_VOCAB_SIZE, TOKENIZER_SAMPLE_BYTES, train_tokenizer
+from data.tokens import Manifest, TokenFile, TokenFileError, sha256_file, sibling
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-# DeepSeek-V3's names, in which the bar and the gap are no ASCII; the position in this list is the id
-_BAR, _GAP = "\uff5c", "\u2581"
-SPECIAL_TOKENS = tuple(
-    f"<{_BAR}{name.replace(' ', _GAP)}{_BAR}>"
-    for name in ("begin of sentence", "end of sentence", " pad ", "fim begin", "fim hole", "fim end")
-)
-END_OF_SENTENCE = 1
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # every byte must have a token, or a text may not survive the round trip
-TOKENIZER_SAMPLE_BYTES = 4_000_000
-TOKENIZER_FILE = "tokenizer.json"
-_RECIPE = 1  # counts up whenever the same arguments would give other files
-_BATCH_BYTES = 1 << 20
-_SPLIT_KEY = b"expertpipe held-out split 1"
-_SAMPLE_KEY = b"expertpipe tokenizer sample 1"
-
-
-class PrepareError(ValueError):
-    """The arguments or the corpus cannot give a training and a held-out set."""
-
-    user_error = True
+_STAGES = {"encode": "tokenising", "deduplicate": "looking for duplicates", "write": "writing"}
 
 
 @dataclass(frozen=True)
@@ -85,62 +55,98 @@ def prepare(
 
     vocab_size: upper limit; a small corpus may give fewer, see the manifest. heldout_fraction: chance of a document to
     be held out, decided by its content alone. progress: called with one line of text now and then. cache_dir: for
-    fetched corpora. An interrupted call leaves no manifest, so the next one starts again.
+    fetched corpora. A killed call leaves no manifest; the same call continues it.
     Raises PrepareError for arguments or too few documents, CorpusError for a source that cannot be had.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise PrepareError(f"vocab_size is {vocab_size}, 256 bytes and the special tokens need {MIN_VOCAB_SIZE}")
     if not 0 < heldout_fraction < 1:
         raise PrepareError(f"heldout_fraction is {heldout_fraction}, it must lie between 0 and 1")
-    out = Path(out_dir)
-    documents = _unique(collect(corpus, cache_dir=cache_dir) if isinstance(corpus, str) else corpus, progress)
-    arguments = {
-        "recipe": _RECIPE,
-        "vocab_size": vocab_size,
-        "heldout_fraction": heldout_fraction,
-        "tokenizer_sample_bytes": TOKENIZER_SAMPLE_BYTES,
-    }
-    fingerprint = _fingerprint(documents)
-    reason = _why_not_reusable(out, arguments, fingerprint)
-    if reason is None:
-        progress(f"{out}: complete, made from the same documents and arguments; nothing to do")
-        return _prepared(out, rebuilt=False)
-    progress(f"preparing {out}: {reason}")
-    parts = _split(documents, heldout_fraction)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in parts:  # from here on the old output is being replaced: no manifest may vouch for a mixture
-        sibling(out / name, ".json").unlink(missing_ok=True)
-    tokenizer = train_tokenizer(
-        [document.text for document in parts["train"]], vocab_size=vocab_size, progress=progress
+    out, rejects = Path(out_dir), list[Reject]()
+    found = collect(corpus, cache_dir=cache_dir, rejects=rejects) if isinstance(corpus, str) else corpus
+    documents = list(found)
+    training = _training_part(documents, heldout_fraction)
+    sources = _write_text(documents, out / TEXT_FOLDER)
+    tokenizer = _tokenizer(training, sources, vocab_size, heldout_fraction, progress)
+    done = ingest(
+        sources,
+        out,
+        Recipe(str(tokenizer), heldout_fraction=heldout_fraction),
+        workers=0,  # the tokenizers package has threads; processes would take longer to start than a corpus to encode
+        rejects=rejects,
+        on_progress=lambda report: progress(_line(report)),
     )
-    temporary = out / f"{TOKENIZER_FILE}.tmp-{uuid.uuid4().hex[:12]}"
-    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    os.replace(temporary, out / TOKENIZER_FILE)
-    for name, part in parts.items():
-        _write_part(out / name, part, tokenizer, arguments=arguments, fingerprint=fingerprint, progress=progress)
-    return _prepared(out, rebuilt=True)
+    assert done.heldout is not None
+    if not done.rebuilt:
+        progress(f"{out}: complete, made from the same documents and arguments; nothing to do")
+    aside = sum(count for reason, count in done.train.counts.items() if reason.startswith("rejected: "))
+    duplicates = done.train.counts["duplicates"]
+    progress(f"{duplicates} exact duplicates left out, {aside} files set aside, see {done.rejects_path}")
+    names = (str(out / "train"), str(out / "heldout"), out / TOKENIZER_FILE)
+    return Prepared(*names, done.train, done.heldout, done.rebuilt)
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of a tokenizers file, set to take special tokens' names in a text as plain text.
+def _line(report: Report) -> str:
+    share = 100 * report.done / max(1, report.total)
+    return f"{_STAGES[report.stage]:<23}{share:4.0f}%  {report.documents} documents  {report.tokens} tokens"
 
-    Otherwise a document that quotes the end of sentence would end there. Added tokens that their file calls ordinary
-    (DeepSeek's fill-in-the-middle markers are) become special, which is what spares them. Raises PrepareError.
-    """
-    from tokenizers import Tokenizer
 
-    try:
-        description = json.loads(Path(path).read_text(encoding="utf-8"))
-        for token in description.get("added_tokens") or ():
-            token["special"] = True
-        tokenizer = Tokenizer.from_str(json.dumps(description))
-    except OSError as error:
-        raise PrepareError(f"{path}: {error.strerror}; a tokenizers file (tokenizer.json) is needed") from error
-    except Exception as error:  # the tokenizers package raises bare Exception
-        reason = " ".join(str(error).split())
-        raise PrepareError(f"{path}: no tokenizers file ({reason}); give a tokenizer.json") from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def _training_part(documents: Sequence[Document], fraction: float) -> list[str]:
+    """Every different text of the training set; PrepareError if it or the held-out set is empty."""
+    parts: dict[bool, dict[str, None]] = {False: {}, True: {}}
+    for document in documents:
+        try:
+            raw = document.text.encode("utf-8")
+        except UnicodeEncodeError:
+            continue  # ingest sets it aside, as it does what is blank
+        if raw.strip():
+            parts[is_heldout(raw, fraction)][document.text] = None
+    for heldout, part in parts.items():
+        if not part:
+            raise PrepareError(
+                f"no document of {len(documents)} fell into the {'heldout' if heldout else 'train'} set; "
+                f"change heldout_fraction (now {fraction}) or give more documents"
+            )
+    return list(parts[False])
+
+
+def _write_text(documents: Sequence[Document], folder: Path) -> list[Source]:
+    """A file of JSON lines for each source, in the order in which they come; one that would be equal stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for name in dict.fromkeys(document.source for document in documents):
+        made, path = folder / f"{name}.tmp", folder / f"{name}.jsonl"
+        with open(made, "w", encoding="utf-8", newline="\n") as stream:
+            for document in documents:
+                if document.source == name:
+                    stream.write(json.dumps({"text": document.text, "path": document.path_label}) + "\n")
+        if path.exists() and filecmp.cmp(made, path, shallow=False):
+            made.unlink()  # the time of an unchanged input says that nothing has to be made again
+        else:
+            os.replace(made, path)
+        info = SOURCES.get(name, SourceInfo("not stated", "given by the caller"))
+        sources.append(Source(str(path), name, info.licence, info.origin))
+    return sources
+
+
+def _tokenizer(
+    training: Sequence[str],
+    sources: Sequence[Source],
+    vocab_size: int,
+    fraction: float,
+    progress: Callable[[str], None],
+) -> Path:
+    """A tokenizer trained on a sample of these texts, or the one that an earlier call has trained on the same."""
+    folder = Path(sources[0].path).parent
+    path, marker = folder / TOKENIZER_FILE, folder / "tokenizer-of.json"
+    key = json.dumps([vocab_size, fraction, TOKENIZER_SAMPLE_BYTES, [sha256_file(source.path) for source in sources]])
+    if path.exists() and marker.exists() and marker.read_text(encoding="utf-8").split("\n") == [key, sha256_file(path)]:
+        return path
+    marker.unlink(missing_ok=True)
+    tokenizer = train_tokenizer(training, vocab_size=vocab_size, progress=progress)
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    marker.write_text("\n".join([key, sha256_file(path)]), encoding="utf-8")
+    return path
 
 
 def texts(prefix: str | Path) -> Iterator[str]:
@@ -148,177 +154,11 @@ def texts(prefix: str | Path) -> Iterator[str]:
 
     Raises TokenFileError if the tokenizer beside the data is not the one its manifest names.
     """
-    manifest, token_file = Manifest.read(prefix), TokenFile(prefix)
+    manifest = Manifest.read(prefix)
     path = sibling(prefix, ".json").parent / manifest.tokenizer_file
     if not path.is_file() or sha256_file(path) != manifest.tokenizer_sha256:
         raise TokenFileError(f"{path}: missing, or not the tokenizer {prefix}.json names; prepare the data again")
     tokenizer = load_tokenizer(path)
-    for ids in token_file.documents():
-        yield tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False)
-
-
-def train_tokenizer(
-    training_texts: Sequence[str], *, vocab_size: int, progress: Callable[[str], None] = _silent
-) -> "Tokenizer":
-    """Byte-level BPE without normaliser, so that decoding gives back every text exactly; SPECIAL_TOKENS come first.
-
-    Trained on at most TOKENIZER_SAMPLE_BYTES, taken in an order that depends on the texts' content alone: more text
-    changes the merges little and costs time in proportion.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    sample, total = [], 0
-    for text in sorted(training_texts, key=lambda text: _keyed_hash(text, _SAMPLE_KEY)):
-        size = len(text.encode("utf-8"))
-        if not sample or total + size <= TOKENIZER_SAMPLE_BYTES:
-            sample.append(text)
-            total += size
-    progress(f"training a tokenizer of {vocab_size} tokens on {len(sample)} documents, {total / 1e6:.2f} MB")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
-    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def _keyed_hash(text: str, key: bytes) -> int:
-    """64 bits that depend on the content alone, so neither order nor neighbours move a document."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "little")
-
-
-def _is_heldout(text: str, fraction: float) -> bool:
-    return _keyed_hash(text, _SPLIT_KEY) < fraction * 2.0**64
-
-
-def _split(documents: Sequence[Document], heldout_fraction: float) -> dict[str, list[Document]]:
-    parts: dict[str, list[Document]] = {"train": [], "heldout": []}
-    for document in documents:
-        parts["heldout" if _is_heldout(document.text, heldout_fraction) else "train"].append(document)
-    for name, part in parts.items():
-        if not part:
-            raise PrepareError(
-                f"no document of {len(documents)} fell into the {name} set; "
-                f"change heldout_fraction (now {heldout_fraction}) or give more documents"
-            )
-    return parts
-
-
-def _unique(documents: Iterable[Document], progress: Callable[[str], None]) -> list[Document]:
-    """The first of every group of equal texts. Near-duplicates stay."""
-    seen: dict[bytes, Document] = {}
-    count = 0
-    for document in documents:
-        where = f"{document.source}: {document.path_label}"
-        if not document.text:
-            raise PrepareError(f"{where}: the document is empty; leave it out")
-        try:
-            raw = document.text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise PrepareError(f"{where}: character {error.start} is half of a surrogate pair; leave it out") from error
-        seen.setdefault(hashlib.sha256(raw).digest(), document)
-        count += 1
-    progress(f"collected {count} documents, {count - len(seen)} exact duplicates removed")
-    return list(seen.values())
-
-
-def _fingerprint(documents: Sequence[Document]) -> str:
-    total = hashlib.sha256()
-    for document in documents:
-        for part in (document.source, document.path_label, document.text):
-            raw = part.encode("utf-8")
-            total.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps neighbours apart
-    return total.hexdigest()
-
-
-def _why_not_reusable(out: Path, arguments: dict[str, Any], fingerprint: str) -> str | None:
-    """None if `out` holds exactly what this call would write, every byte checked; else the reason, to be told."""
-    for name in ("train", "heldout"):
-        prefix = out / name
-        if not sibling(prefix, ".json").exists():
-            return "no complete output there"
-        try:
-            manifest = Manifest.read(prefix)
-        except TokenFileError as error:
-            return str(error)
-        if dict(manifest.arguments) != arguments:
-            return "the output there was made with other arguments"
-        if manifest.corpus_sha256 != fingerprint:
-            return "the output there was made from other documents"
-        found = file_problems(prefix, manifest, hashes=True)
-        if found:
-            return found[0]
-    for name in ("train", "heldout"):
-        os.utime(sibling(out / name, ".json"))  # every byte was read: copies with new times are good from here on
-    return None
-
-
-def _prepared(out: Path, *, rebuilt: bool) -> Prepared:
-    train, heldout = Manifest.read(out / "train"), Manifest.read(out / "heldout")
-    return Prepared(str(out / "train"), str(out / "heldout"), out / TOKENIZER_FILE, train, heldout, rebuilt)
-
-
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about _BATCH_BYTES of text: enough to keep every core busy, little to hold."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write_part(
-    prefix: Path,
-    documents: Sequence[Document],
-    tokenizer: "Tokenizer",
-    *,
-    arguments: dict[str, Any],
-    fingerprint: str,
-    progress: Callable[[str], None],
-) -> None:
-    vocab_size = tokenizer.get_vocab_size()
-    dtype = "uint16" if vocab_size < 1 << 16 else "int32"
-    total = sum(len(document.text.encode("utf-8")) for document in documents)
-    done = 0
-    with TokenWriter(prefix, dtype) as writer:
-        for batch in _batches(documents):
-            encodings = tokenizer.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-            for document, encoding in zip(batch, encodings, strict=True):
-                writer.add(np.array([*encoding.ids, END_OF_SENTENCE], dtype=np.int64))
-                done += len(document.text.encode("utf-8"))
-            progress(f"{prefix.name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {writer.num_tokens} tokens")
-    files = [sibling(prefix, ".bin"), sibling(prefix, ".idx"), prefix.parent / TOKENIZER_FILE]
-    Manifest(
-        tokenizer_file=TOKENIZER_FILE,
-        tokenizer_sha256=sha256_file(prefix.parent / TOKENIZER_FILE),
-        vocab_size=vocab_size,
-        dtype=dtype,
-        num_tokens=writer.num_tokens,
-        num_documents=writer.num_documents,
-        max_token_id=writer.max_token_id,
-        text_bytes=total,
-        files={path.name: FileRecord(path.stat().st_size, sha256_file(path)) for path in files},
-        sources=_source_records(documents),
-        arguments=arguments,
-        corpus_sha256=fingerprint,
-    ).write(prefix)
-
-
-def _source_records(documents: Sequence[Document]) -> tuple[SourceRecord, ...]:
-    records = []
-    for name in dict.fromkeys(document.source for document in documents):
-        sizes = [len(document.text.encode("utf-8")) for document in documents if document.source == name]
-        info = SOURCES.get(name, SourceInfo("not stated", "given by the caller"))
-        records.append(SourceRecord(name, len(sizes), sum(sizes), info.licence, info.origin))
-    return tuple(records)
+    for shard in manifest.shard_prefixes(prefix):
+        for ids in TokenFile(shard).documents():
+            yield tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False)

@@ -1,5 +1,6 @@
 """Which tokenizer a preparation uses, and which of its ids stand for the ends of texts and parts."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -81,3 +82,25 @@ def special_ids(tokenizer: "Tokenizer", path: str | Path) -> SpecialIds:
     if begin is not None and hole is not None and middle is not None:
         fim = FimTokens(begin, hole, middle, end)
     return SpecialIds(end, fim, vocabulary_size(tokenizer))
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """The tokenizer of a tokenizers file, set to take special tokens' names in a text as plain text.
+
+    Otherwise a document that quotes the end of sentence would end there. Added tokens that their file calls ordinary
+    (DeepSeek's fill-in-the-middle markers are) become special, which is what spares them. Raises TokenizerError.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+        for token in description.get("added_tokens") or ():
+            token["special"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(description))
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror}; a tokenizers file (tokenizer.json) is needed") from error
+    except Exception as error:  # the tokenizers package raises bare Exception
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{path}: no tokenizers file ({reason}); give a tokenizer.json") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -54,7 +54,8 @@ def _indented(text: str) -> None:
 def evaluate(config: RunConfig, heldout: Path) -> dict[str, Any]:
     """Held-out loss beside its baselines, pictures and `summary.json` in the run's folder; gives the summary."""
     from data.baselines import bits_per_byte, unigram_bits_per_byte, unigram_nats_per_token, xz_bits_per_byte
-    from data.prepare import load_tokenizer, texts
+    from data.prepare import texts
+    from data.tokenizer_file import load_tokenizer
     from data.tokens import Manifest, TokenFile
     from launcher.checkpoint.state import TOKENIZER, find
     from launcher.commands.generate import sample

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from data.prepare import END_OF_SENTENCE, SPECIAL_TOKENS, load_tokenizer
+from data.tokenizer_file import load_tokenizer
+from data.tokenizer_training import END_OF_SENTENCE, SPECIAL_TOKENS
 from launcher.checkpoint.state import TOKENIZER, find
 from launcher.inference import InferenceError, default_device, load_model, normed_states
 from model.transformer import Transformer

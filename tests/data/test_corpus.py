@@ -3,12 +3,12 @@ import itertools
 import json
 import sysconfig
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data.corpus import CORPORA, SOURCES, CorpusError, collect
+from data.inputs import Reject
 
 
 def put(path: Path, raw: bytes) -> None:
@@ -36,13 +36,17 @@ def library(tmp_path, monkeypatch):
 
 
 def test_stdlib_selection_and_counts(library):
-    skipped: Counter[str] = Counter()
-    documents = list(collect("stdlib", skipped=skipped))
+    rejects: list[Reject] = []
+    documents = list(collect("stdlib", rejects=rejects))
     assert [(document.path_label, document.text) for document in documents] == [
         ("a/z.py", "z = 'ü'\n"),
         ("b.py", "b = 1\r\n"),
     ]
-    assert skipped == {"not UTF-8": 1, "empty": 1, "symlink": 1}
+    assert [(reject.file, reject.reason, reject.byte_offset) for reject in rejects] == [
+        ("stdlib: empty.py", "empty document", 0),
+        ("stdlib: latin.py", "invalid UTF-8", 5),
+        ("stdlib: link.py", "symbolic link", None),
+    ]
 
 
 def test_real_stdlib():

@@ -21,7 +21,7 @@ def test_draws_are_uniform_and_independent():
         "names": [draw(0, Purpose.FIM, name) for name in range(size)],
         "numbers": draws(0, Purpose.FIM, 1, size).tolist(),
         "seeds": [draw(seed, Purpose.FIM, 1) for seed in range(size)],
-        "purpose": [draw(0, Purpose.HELDOUT, name) for name in range(size)],
+        "purpose": [draw(0, Purpose.SPLIT, name) for name in range(size)],
     }
     values = {key: np.array(row, dtype=np.float64) / 2**64 for key, row in rows.items()}
     for row in values.values():

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.draws import Purpose, document_hash, document_id, draw, threshold
+from data.draws import document_hash, document_id, is_heldout
 from data.encode import Recipe
 from data.fim import FimTokens, is_turned, parts
 from data.ingest import Report, ingest
-from data.inputs import InputError
-from data.prepare import PrepareError, load_tokenizer, train_tokenizer
+from data.inputs import InputError, PrepareError
 from data.split import find_splits
-from data.tokenizer_file import TokenizerError
+from data.tokenizer_file import TokenizerError, load_tokenizer
+from data.tokenizer_training import train_tokenizer
 from data.tokens import TokenFile, problems
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_every_document_survives_turned_and_split(tmp_path, tokenizer):
     done = run([path], tmp_path / "out", recipe)
     unique = list(dict.fromkeys(texts))
     names = {value: document_id(document_hash(value.encode())) for value in unique}
-    heldout = [value for value in unique if draw(0, Purpose.HELDOUT, names[value]) < threshold(0.1)]
+    heldout = [value for value in unique if is_heldout(value.encode(), 0.1)]
     assert decoded(tmp_path / "out", "train", tokenizer) == [value for value in unique if value not in heldout]
     assert decoded(tmp_path / "out", "heldout", tokenizer) == heldout and heldout
     counts = done.train.counts
@@ -271,7 +271,7 @@ def test_tokenizers_that_cannot_work_are_refused(tmp_path, tokenizer):
         return str(tmp_path / "t.json")
 
     for name, message in ((tmp_path / "none.json", "No such file"), (path, "no tokenizers file")):
-        with pytest.raises(PrepareError, match=message):
+        with pytest.raises(TokenizerError, match=message):
             run([path], tmp_path / "out", Recipe(str(name)))
     for changes, rate, message in (
         ({"added_tokens": []}, 0.0, "no token ends a document"),

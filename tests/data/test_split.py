@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.prepare import load_tokenizer
 from data.split import find_splits, is_joined, joined_tokens, special_id, vocabulary_size
-from data.tokenizer_file import DEEPSEEK, find_tokenizer
+from data.tokenizer_file import DEEPSEEK, find_tokenizer, load_tokenizer
 
 PIECES = ["x", "end", ".", ".\n", ".\n\n", ");\n", "。\n", " {\n", "\n", "\r\n", " ", "!?\n", "专", "a.\nb"]
 

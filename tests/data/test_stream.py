@@ -11,8 +11,9 @@ from data.encode import Recipe
 from data.fim import is_turned
 from data.index import TokenFileError
 from data.ingest import ingest
-from data.prepare import load_tokenizer, train_tokenizer
 from data.stream import TokenStream
+from data.tokenizer_file import load_tokenizer
+from data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="module")

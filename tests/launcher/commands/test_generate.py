@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from data.prepare import END_OF_SENTENCE, load_tokenizer
+from data.tokenizer_file import load_tokenizer
+from data.tokenizer_training import END_OF_SENTENCE
 from launcher.__main__ import main
 from launcher.commands.generate import sample
 from launcher.inference import InferenceError
 from model.transformer import Transformer
-from tests.launcher.checkpoint.test_state import prepared, write_checkpoint
+from tests.launcher.checkpoint.states import prepared, write_checkpoint
 from tests.model.reference import TINY, build
 
 ROOT = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from data.ingest import Report
-from data.prepare import train_tokenizer
+from data.tokenizer_training import train_tokenizer
 from data.tokens import TokenFile
 from launcher.__main__ import main
 from launcher.commands.prepare import PrepareDisplay
