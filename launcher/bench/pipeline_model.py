@@ -1,11 +1,13 @@
 """The real tiny model on four processes under every schedule: tokens a second and the largest process's peak memory.
 
-For `expertpipe bench pipeline`. Each schedule gets processes of its own, because a process's peak never falls.
+For `expertpipe bench pipeline`. Each schedule gets processes of its own, because a process's peak never falls; rank 0
+prints its row.
 """
 
 import json
 import resource
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +25,9 @@ from parallel.pipeline.schedules import SCHEDULES
 RANKS = 4
 
 
-class BenchError(RuntimeError):
-    """A measurement that could not be made."""
-
-    user_error = True
-
-
 @dataclass(frozen=True)
 class ModelRow:
-    """One schedule on the tiny model: medians of training steps on random tokens.
+    """One schedule on the tiny model: medians of training steps on random tokens, which have no cost and no ideal.
 
     layout: pipeline x data ranks, expert parallel inside data. peak_rss_bytes: of the largest process, everything
     included. spread: (longest - shortest) / median.
@@ -43,7 +39,10 @@ class ModelRow:
     overlap: str
     ranks: int
     microbatches: int
+    cost_ms: None
+    ideal_ms: None
     measured_ms: float
+    ratio: None
     spread: float
     tokens_per_second: float
     peak_rss_bytes: int
@@ -61,7 +60,7 @@ def cases() -> list[tuple[str, str]]:
     return [(name, "pairs") for name in SCHEDULES] + [("dualpipe", "off"), ("dualpipe", "all")]
 
 
-def measure_as_rank(schedule: str, overlap: str, repetitions: int, out: Path) -> int:
+def measure_as_rank(schedule: str, overlap: str, repetitions: int, *, json_lines: bool) -> int:
     """What each process does."""
     config = checked(overrides(schedule, overlap), with_data=False)
     with process_group(config.train) as process:
@@ -85,6 +84,9 @@ def measure_as_rank(schedule: str, overlap: str, repetitions: int, out: Path) ->
                 overlap=overlap,
                 ranks=p.world_size,
                 microbatches=run.executor.schedule.num_microbatches,
+                cost_ms=None,
+                ideal_ms=None,
+                ratio=None,
                 measured_ms=1000 * median,
                 spread=(max(times[1:]) - min(times[1:])) / median,
                 tokens_per_second=tokens_per_step(run) / median,
@@ -92,32 +94,30 @@ def measure_as_rank(schedule: str, overlap: str, repetitions: int, out: Path) ->
                 peak_live_activations=int(largest[1]),
                 repetitions=repetitions,
             )
-            out.write_text(json.dumps(asdict(row)) + "\n")
+            print(json.dumps(asdict(row)) if json_lines else line(row), flush=True)
     return 0
 
 
-def measure(repetitions: int, folder: Path) -> list[dict[str, object]]:
-    """All cases one after the other, each in processes of its own; BenchError where one fails."""
-    rows: list[dict[str, object]] = []
-    for number, (schedule, overlap) in enumerate(cases()):
-        out = folder / f"model{number}.jsonl"
-        argv = ["bench", "pipeline", "--model", schedule, overlap, "--repetitions", str(repetitions), "--out", str(out)]
-        if run_local(argv, world_size=RANKS, run_dir=folder, threads=1):
-            raise BenchError(f"the processes of schedule {schedule} failed; see above")
-        rows.append(json.loads(out.read_text()))
-    return rows
+def measure(repetitions: int, folder: Path, *, json_lines: bool) -> int:
+    """All cases one after the other, each in processes of its own; the exit code, that of the first to fail."""
+    if not json_lines:
+        print(HEAD, flush=True)
+    for schedule, overlap in cases():
+        argv = ["bench", "pipeline", "--as-rank", "--model", schedule, overlap, "--repetitions", str(repetitions)]
+        code = run_local([*argv, *["--json"] * json_lines], world_size=RANKS, run_dir=folder, threads=1)
+        if code:
+            print(f"expertpipe: the processes of schedule {schedule} failed, see above", file=sys.stderr)
+            return code
+    return 0
 
 
-def table(rows: list[dict[str, object]]) -> list[str]:
+HEAD = f"{'tiny model':<12}{'overlap':<8}{'layout':<16}{'M':>3}{'ms':>8}{'spread':>8}{'tok/s':>8}{'MiB':>7}{'live':>6}"
+
+
+def line(row: ModelRow) -> str:
     """At most 80 columns."""
-    lines = [
-        f"{'tiny model':<12}{'overlap':<8}{'layout':<16}{'M':>3}{'ms':>8}{'spread':>8}{'tok/s':>8}{'MiB':>7}{'live':>6}"
-    ]
-    for row in rows:
-        mib = int(str(row["peak_rss_bytes"])) / 2**20
-        lines.append(
-            f"{row['schedule']:<12}{row['overlap']:<8}{row['layout']:<16}{row['microbatches']:>3}"
-            f"{row['measured_ms']:>8.0f}{row['spread']:>8.1%}{row['tokens_per_second']:>8.0f}{mib:>7.0f}"
-            f"{row['peak_live_activations']:>6}"
-        )
-    return lines
+    return (
+        f"{row.schedule:<12}{row.overlap:<8}{row.layout:<16}{row.microbatches:>3}{row.measured_ms:>8.0f}"
+        f"{row.spread:>8.1%}{row.tokens_per_second:>8.0f}{row.peak_rss_bytes / 2**20:>7.0f}"
+        f"{row.peak_live_activations:>6}"
+    )

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from model.transformer import Microbatch, StageLoss
-from parallel.mesh import Groups, Mesh
+from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Message, Schedule
 from parallel.pipeline.check import check
 from parallel.pipeline.chunk import Chunk, Stages
 from parallel.pipeline.overlap import Work, completes, halves_of, plan
-from parallel.pipeline.p2p import Mailbox, incoming_messages
+from parallel.pipeline.p2p import Lanes, Mailbox, incoming_messages
+from parallel.pipeline.phases import Phase
 
 OnAction = Callable[[Action], None]
 
@@ -25,6 +26,56 @@ class Measured:
     actions: tuple[Action, ...]
     start: float
     end: float
+
+
+Key = tuple[int, int]  # of a chunk: stage, micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """A phase with all that the loop must know of it, so that nothing is worked out while the step runs.
+
+    begins: its action, if this is the first phase of that; needed: what the action takes in. leaving: actions whose
+    results leave after it, in the order of the schedule's list, and as which message.
+    """
+
+    key: Key
+    phase: Phase
+    begins: Action | None
+    needed: Message | None
+    leaving: tuple[tuple[Action, Message | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A work ready to run; ended: chunks of which nothing is left after it."""
+
+    actions: tuple[Action, ...]
+    ops: tuple[_Op, ...]
+    ended: tuple[Key, ...]
+
+
+def _prepared(schedule: Schedule, work: Work, num_links: Callable[[int], int]) -> _Task:
+    """A chunk takes its input before its first phase and sends after its last.
+
+    Messages of two ranks match by order alone, so those of a pair leave in the order of the schedule's list.
+    """
+    ops: list[_Op] = []
+    begun: set[Action] = set()
+    finished: set[Action] = set()
+    to_send = deque(action for action in work.actions if action.kind != "W")
+    for placed in work.phases:
+        action = placed.action
+        begins = None if action in begun else action
+        begun.add(action)
+        leaving: list[tuple[Action, Message | None]] = []
+        if completes(placed, num_links=num_links(action.stage)):
+            finished.add(action)
+            while to_send and to_send[0] in finished:
+                leaving.append((to_send[0], schedule.output(to_send.popleft())))
+        needed = None if begins is None else schedule.inputs(begins)
+        ops.append(_Op(_key(action), placed.phase, begins, needed, tuple(leaving)))
+    return _Task(work.actions, tuple(ops), tuple(_key(action) for action in work.actions if action.kind in "BW"))
 
 
 class Executor:
@@ -39,7 +90,7 @@ class Executor:
         self,
         schedule: Schedule,
         mesh: Mesh,
-        groups: Groups,
+        groups: Lanes,
         stages: Stages,
         *,
         dtype: torch.dtype,
@@ -51,7 +102,8 @@ class Executor:
         self.dtype, self.device, self.on_action = dtype, device, on_action
         self.peak_allowed = check(schedule).live_activations[mesh.pipeline_rank]
         self.peak_live = 0
-        self.work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
+        work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
+        self.tasks = [_prepared(schedule, one, stages.num_links) for one in work]
         self.halves = halves_of(schedule, overlap)
         self.incoming = incoming_messages(schedule, mesh.pipeline_rank)
         self.measured: list[Measured] = []
@@ -66,10 +118,10 @@ class Executor:
         run = _Step(self, batch)
         self.measured = []
         began = self.began = time.perf_counter()
-        for work in self.work:
+        for task in self.tasks:
             start = time.perf_counter()
-            run.do(work)
-            self.measured.append(Measured(work.actions, start - began, time.perf_counter() - began))
+            run.do(task)
+            self.measured.append(Measured(task.actions, start - began, time.perf_counter() - began))
         run.mailbox.finish()
         assert not run.chunks, "the schedule left work behind"
         return run.losses
@@ -83,7 +135,7 @@ class _Step:
         self.losses: dict[int, StageLoss] = {}
         self.batches: dict[int, Microbatch] = {}
         # by stage and micro-batch, from F to the end of B or W
-        self.chunks: dict[tuple[int, int], Chunk] = {}
+        self.chunks: dict[Key, Chunk] = {}
 
         def shape(message: Message) -> tuple[int, ...]:
             tokens = self.microbatch(message.microbatch).tokens
@@ -99,30 +151,21 @@ class _Step:
             self.batches[number] = self.batch(number)
         return self.batches[number]
 
-    def do(self, work: Work) -> None:
-        """Run the phases in their order; a chunk takes its input before its first phase and sends after its last."""
-        for action in work.actions:
+    def do(self, task: _Task) -> None:
+        """Run the phases in their order."""
+        for action in task.actions:
             self.executor.on_action(action)
-        begun: set[Action] = set()
-        finished: set[Action] = set()
-        # Messages of two ranks match by order alone, so those of a pair leave in the order of the schedule's list.
-        to_send = deque(action for action in work.actions if action.kind != "W")
-        for placed in work.phases:
-            if placed.action not in begun:
-                begun.add(placed.action)
-                self._begin(placed.action)
-            self.chunks[_key(placed.action)].run(placed.phase)
-            if completes(placed, num_links=self.executor.stages.num_links(placed.action.stage)):
-                finished.add(placed.action)
-                while to_send and to_send[0] in finished:
-                    self._send(to_send.popleft())
-        for action in work.actions:
-            if action.kind in "BW":
-                del self.chunks[_key(action)]
+        for op in task.ops:
+            if op.begins is not None:
+                self._begin(op.begins, op.key, op.needed)
+            self.chunks[op.key].run(op.phase)
+            for action, message in op.leaving:
+                self._send(action, message)
+        for key in task.ended:
+            del self.chunks[key]
 
-    def _begin(self, action: Action) -> None:
-        executor, key = self.executor, _key(action)
-        needed = executor.schedule.inputs(action)
+    def _begin(self, action: Action, key: Key, needed: Message | None) -> None:
+        executor = self.executor
         tensor = None if needed is None else self.mailbox.receive(needed)
         if action.kind == "F":
             halves = executor.halves.get(key, 1)
@@ -135,8 +178,8 @@ class _Step:
         elif action.kind in "BI":
             self.chunks[key].begin_backward(tensor)
 
-    def _send(self, action: Action) -> None:
-        chunk, message = self.chunks[_key(action)], self.executor.schedule.output(action)
+    def _send(self, action: Action, message: Message | None) -> None:
+        chunk = self.chunks[_key(action)]
         if action.kind == "F":
             tensor, chunk.output = chunk.output, None
             if chunk.loss is not None:
@@ -148,5 +191,5 @@ class _Step:
             self.mailbox.send(message, tensor)
 
 
-def _key(action: Action) -> tuple[int, int]:
+def _key(action: Action) -> Key:
     return action.stage, action.microbatch

@@ -5,15 +5,15 @@ exactly that order, a few ahead of need, whatever order it consumes them in.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Groups, Mesh
+from parallel.mesh import Mesh
 from parallel.pipeline.actions import Message, Schedule
 
 
@@ -21,7 +21,21 @@ class PipelineError(RuntimeError):
     """A peer that did not answer; the message names it, the action and the micro-batch."""
 
 
-@dataclass(frozen=True)
+class Lanes(Protocol):
+    """Process groups of one pipeline, first rank to last, one for each direction of messages; see `mesh.Groups`."""
+
+    @property
+    def down(self) -> dist.ProcessGroup:
+        """To higher ranks."""
+        ...
+
+    @property
+    def up(self) -> dist.ProcessGroup:
+        """To lower ranks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class _Pending:
     tensor: Tensor
     work: dist.Work
@@ -44,7 +58,7 @@ class Mailbox:
         self,
         schedule: Schedule,
         mesh: Mesh,
-        groups: Groups,
+        groups: Lanes,
         *,
         incoming: Mapping[int, Sequence[Message]],
         shape: Callable[[Message], tuple[int, ...]],
@@ -72,10 +86,11 @@ class Mailbox:
         while queue and number > 0 and source != me:
             message = queue.popleft()
             tensor = torch.empty(self._shape(message), dtype=self._dtype, device=self._device)
-            peer = self._mesh.rank_at(source, self._mesh.data_rank)
-            with self._naming(f"asking for {_words(message)} from pipeline rank {source}", source):
-                work = dist.irecv(tensor, src=peer, group=self._group(source, me))
-            assert work is not None
+            try:
+                # rank of a pipeline's group is the pipeline rank; dist.irecv would look it up for every message
+                work = self._group(source, me).recv([tensor], source, 0)
+            except RuntimeError as error:
+                raise self._named("asking for", message, "from", source, error) from error
             self._posted[message] = _Pending(tensor, work)
             number -= 1
 
@@ -88,8 +103,10 @@ class Mailbox:
             self._post(source, 1)
         pending = self._posted.pop(message)
         self._post(source, 1)
-        with self._naming(f"waiting for {_words(message)} from pipeline rank {source}", source):
+        try:
             pending.work.wait()
+        except RuntimeError as error:
+            raise self._named("waiting for", message, "from", source, error) from error
         return pending.tensor
 
     def send(self, message: Message, tensor: Tensor) -> None:
@@ -99,11 +116,11 @@ class Mailbox:
         if destination == me:
             self._local[message] = tensor
             return
-        peer = self._mesh.rank_at(destination, self._mesh.data_rank)
         tensor = tensor.contiguous()
-        with self._naming(f"sending {_words(message)} to pipeline rank {destination}", destination):
-            work = dist.isend(tensor, dst=peer, group=self._group(me, destination))
-        assert work is not None
+        try:
+            work = self._group(me, destination).send([tensor], destination, 0)
+        except RuntimeError as error:
+            raise self._named("sending", message, "to", destination, error) from error
         self._sending.append((message, _Pending(tensor, work)))
         while self._sending and self._sending[0][1].work.is_completed():
             self._sending.popleft()
@@ -112,19 +129,17 @@ class Mailbox:
         """Wait for all sends of the step."""
         while self._sending:
             message, pending = self._sending.popleft()
-            destination = self._schedule.consumer(message)
-            with self._naming(f"sending {_words(message)} to pipeline rank {destination}", destination):
+            try:
                 pending.work.wait()
+            except RuntimeError as error:
+                destination = self._schedule.consumer(message)
+                raise self._named("sending", message, "to", destination, error) from error
 
-    @contextmanager
-    def _naming(self, doing: str, peer: int) -> Iterator[None]:
-        """A failure inside becomes a PipelineError that says what this rank was doing and with whom."""
-        try:
-            yield
-        except RuntimeError as error:
-            rank = self._mesh.rank_at(peer, self._mesh.data_rank)
-            reason = str(error).splitlines()[0]
-            raise PipelineError(f"rank {self._mesh.rank} failed {doing} (rank {rank}): {reason}") from error
+    def _named(self, doing: str, message: Message, way: str, peer: int, error: RuntimeError) -> PipelineError:
+        """A failure with what this rank was doing and with whom."""
+        rank, reason = self._mesh.rank_at(peer, self._mesh.data_rank), str(error).splitlines()[0]
+        what = f"{doing} {_words(message)} {way} pipeline rank {peer} (rank {rank})"
+        return PipelineError(f"rank {self._mesh.rank} failed {what}: {reason}")
 
 
 def _words(message: Message) -> str:

@@ -1,13 +1,14 @@
 """Stages that sleep instead of computing: the real executor, transport and schedule at the speed of chosen costs.
 
-Computation sleeps on the rank; a transfer is a deadline on the rank's own link, on which transfers follow one another
-while the rank goes on. Two cores can so run sixteen ranks, and what is measured beyond the simulated ideal is the
-engine's own cost.
+A rank's computation and its link are two queues in time, as the streams of a GPU are: what is issued follows on what
+was issued before, and the rank sleeps where a result has to leave it. Two cores can so run sixteen ranks, and what is
+measured beyond the simulated ideal is the engine's own cost.
 """
 
 import ctypes
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,16 +21,47 @@ from parallel.pipeline.phase_costs import PhaseCosts
 from parallel.pipeline.phases import Phase, waits_for
 
 
-class Link:
-    """A rank's network link: one transfer after the other."""
+class SleptDevice:
+    """One rank's computation and its network link; times are those of `time.perf_counter`.
 
-    def __init__(self) -> None:
-        self._free_at = 0.0
+    Pieces that are issued while the device is busy follow each other without the rank's own overhead between them, as
+    on a GPU to which the rank issues ahead. Where a result leaves, the rank waits for it, and what comes after starts
+    when the rank gets to it. blocking: so does every piece of computation, as on a CPU that computes itself. serial: a
+    transfer stops computation.
+    """
+
+    def __init__(self, *, blocking: bool = False, serial: bool = False) -> None:
+        self._blocking, self._serial = blocking, serial
+        self._free_at = self._link_free_at = 0.0
+        self._idle = True
+
+    def begin(self) -> None:
+        """A chunk's input is here, or the rank is: nothing that follows starts earlier."""
+        self._free_at, self._idle = max(self._free_at, time.perf_counter()), False
+
+    def compute(self, seconds: float, *, after: float = 0.0) -> None:
+        """Issue a piece of computation that needs what arrives at `after`."""
+        if self._blocking:
+            sleep_until(after)
+        if self._blocking or self._idle:
+            self.begin()
+        self._free_at = max(self._free_at, after) + seconds
+        if self._blocking:
+            sleep_until(self._free_at)
 
     def transfer(self, seconds: float) -> float:
-        """Start one when the link is free; the time at which it will have ended."""
-        self._free_at = max(time.perf_counter(), self._free_at) + seconds
-        return self._free_at
+        """Issue a transfer of what was computed last; the time at which it will have arrived."""
+        if self._blocking or self._idle:
+            self.begin()
+        self._link_free_at = max(self._free_at, self._link_free_at) + seconds
+        if self._serial:
+            self._free_at = self._link_free_at
+        return self._link_free_at
+
+    def synchronize(self) -> None:
+        """Sleep until all that was issued is computed."""
+        sleep_until(self._free_at)
+        self._idle = True
 
 
 def sleep_precisely() -> None:
@@ -45,17 +77,26 @@ def sleep_until(deadline: float) -> None:
         time.sleep(remaining)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Of a phase: what it waits for, how long it takes, weight gradients that it puts off, all in seconds."""
+
+    needs: tuple[Phase, ...]
+    seconds: float
+    put_off: float
+
+
 class SleptStages:
     """`Stages` whose chunks sleep; every chunk passes its input on, plus one, so that a lost message would show.
 
-    costs: those that the simulator prices. serial: nothing else runs on the rank during a transfer.
+    costs: those that the simulator prices. device: see there.
     """
 
     hidden_size = 4
 
-    def __init__(self, costs: PhaseCosts, *, num_stages: int, serial: bool = False) -> None:
-        self.costs, self.num_stages, self.serial = costs, num_stages, serial
-        self.link = Link()
+    def __init__(self, costs: PhaseCosts, *, num_stages: int, device: SleptDevice) -> None:
+        self.costs, self.num_stages, self.device = costs, num_stages, device
+        self._known: dict[tuple[int, int, Phase], _Cost] = {}
 
     def new_chunk(self, stage: int, batch: Microbatch, halves: int) -> Chunk:
         """See `Stages`."""
@@ -64,6 +105,18 @@ class SleptStages:
     def num_links(self, stage: int) -> int:
         """See `Stages`."""
         return self.costs.num_links(stage)
+
+    def cost(self, stage: int, halves: int, phase: Phase) -> _Cost:
+        """Of any phase but `weights`; worked out once."""
+        known = self._known.get((stage, halves, phase))
+        if known is None:
+            placed = Placed(Action("F", stage, 0), phase)
+            known = self._known[stage, halves, phase] = _Cost(
+                waits_for(phase, halves=halves),
+                self.costs.seconds(placed, halves=halves),
+                self.costs.put_off(placed, halves=halves),
+            )
+        return known
 
 
 class SleptChunk:
@@ -82,39 +135,42 @@ class SleptChunk:
         """See `Chunk`."""
         first = torch.full((1, 1, self._stages.hidden_size), float(self._batch.tokens[0, 0]))
         self._tensor = first if hidden_BSD is None else hidden_BSD
+        self._stages.device.begin()
 
     def begin_backward(self, grad_BSD: Tensor | None) -> None:
         """See `Chunk`."""
         self._tensor = torch.zeros(1, 1, self._stages.hidden_size) if grad_BSD is None else grad_BSD
+        self._stages.device.begin()
 
     def run(self, phase: Phase) -> None:
         """See `Chunk`."""
-        deadlines = [self._arrives.pop(transfer) for transfer in waits_for(phase, halves=self._halves)]
-        sleep_until(max(deadlines, default=0.0))
+        device = self._stages.device
         if phase.kind == "weights":
             due = [link for link in self._put_off if link >= phase.link]
-            sleep_until(time.perf_counter() + sum(self._put_off.pop(link) for link in due))
+            device.compute(sum(self._put_off.pop(link) for link in due))
             return
-        placed = Placed(Action("F", self._stage, 0), phase)
-        seconds = self._stages.costs.seconds(placed, halves=self._halves)
+        cost = self._stages.cost(self._stage, self._halves, phase)
         if phase.is_transfer:
-            self._arrives[phase] = self._stages.link.transfer(seconds)
-            if self._stages.serial:
-                sleep_until(self._arrives[phase])
+            self._arrives[phase] = device.transfer(cost.seconds)
             return
-        sleep_until(time.perf_counter() + seconds)
-        put_off = self._stages.costs.put_off(placed, halves=self._halves)
-        self._put_off[phase.link] = self._put_off.get(phase.link, 0.0) + put_off
+        device.compute(cost.seconds, after=max((self._arrives.pop(needed) for needed in cost.needs), default=0.0))
+        self._put_off[phase.link] = self._put_off.get(phase.link, 0.0) + cost.put_off
         self._pass_on(phase)
 
     def _pass_on(self, phase: Phase) -> None:
+        """What leaves the rank leaves it when it has been computed."""
+        first_link = Phase("attend_grad" if self._stages.num_links(self._stage) > 1 else "end_grad", 0)
+        if phase != first_link and phase.kind != "end":
+            return
         assert self._tensor is not None
-        last = self._stages.num_links(self._stage) - 1
-        if phase == Phase("attend_grad" if last else "end_grad", 0):
-            self.input_grad = self._tensor + 1 if self._stage else None
-        elif phase.kind == "end" and self._stage < self._stages.num_stages - 1:
+        if phase == first_link:
+            if self._stage:
+                self._stages.device.synchronize()
+                self.input_grad = self._tensor + 1
+        elif self._stage < self._stages.num_stages - 1:
+            self._stages.device.synchronize()
             self.output = self._tensor + 1
-        elif phase.kind == "end":
+        else:
             expected = float(self._batch.tokens[0, 0]) + self._stage
             got = float(self._tensor.flatten()[0])
             assert got == expected, f"micro-batch {expected - self._stage:.0f} came to the last stage as {got}"
