@@ -1,7 +1,10 @@
 """`expertpipe bench alltoall`: dispatch and combine of expert parallelism, back ends in turns, as DeepEP's tables do.
 
-Under torchrun or srun it uses the ranks it is given; otherwise it starts --ranks processes here, with --namespaces in
-network namespaces joined by shaped links (`launcher.network`), whose bytes the kernel counts.
+Under torchrun or srun it measures over the ranks of the job; otherwise it starts --ranks processes here, with
+--namespaces in network namespaces joined by shaped links (`launcher.network`), whose bytes the kernel counts.
+
+The default rate of a link, 300 Mbit/s, makes the link what transfers wait for, as InfiniBand is between real nodes: two
+cores that carry four ranks move about ten times as much within a node. At 2,000 Mbit/s they were the limit themselves.
 """
 
 import json
@@ -11,78 +14,58 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.bench.alltoall_table import Row, closing_line, head_lines, row_line
 from launcher.config import ConfigError, TrainConfig
 from launcher.local import free_port
 from launcher.network import LINK, Node, network, sent_bytes
 from launcher.runtime import Process, process_group
-from model.fp8.formats import Tile
+from launcher.start import outer_world_size, slurm_environment
 from model.fp8.native import NativeKernels
 from model.fp8.quantise import Quantiser
 from parallel.config import ParallelConfig
 from parallel.expert.dispatchers import Tokens, build_dispatcher
 from parallel.expert.wire import QUANTISER, row_bytes
 
-BACKENDS = ("collective", "native", "native_host", "deepep", "flat")
+BACKENDS = ("flat", "collective", "native", "native_host", "deepep")
 SECONDS = 600
+LOCAL_NODES, LINK_MBIT = 2, 300.0
 PROBE_BYTES = 4 << 20  # that each rank sends to find out how fast nodes and links are
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is measured of a back end; bytes of one dispatch and one combine, all nodes together.
-
-    link_bytes: sent over the links as the kernel counts, headers and counts included; None without an interface to
-    read. minimum_bytes: each token once for every other node it goes to, there and back, nothing else. *_ms: medians of
-    the slowest rank. *_rdma_gbps, *_nvl_gbps: bytes that a rank sends to other nodes, and receives in all, a second
-    (mean over ranks). speedup_over_flat: of dispatch and combine together, over flat BF16 in the same run.
-    node_over_link: bytes a second of plain all-to-alls within the nodes over those between them, as measured here; None
-    without an interface (the report: NVLink 160 GB/s over InfiniBand 50 is 3.2).
-    """
-
-    backend: str
-    dtype: str
-    ranks: int
-    nodes: int
-    link_bytes: int | None
-    minimum_bytes: int
-    dispatch_ms: float
-    combine_ms: float
-    speedup_over_flat: float | None
-    dispatch_rdma_gbps: float
-    dispatch_nvl_gbps: float
-    combine_rdma_gbps: float
-    combine_nvl_gbps: float
-    node_over_link: float | None
-    num_tokens: int
-    hidden: int
-    repetitions: int
 
 
 def parser() -> ArgumentParser:
     """The flags."""
     made = ArgumentParser(prog="expertpipe bench alltoall")
-    made.add_argument("--backend", nargs="+", choices=BACKENDS, default=["collective", "flat"])
-    made.add_argument("--dtype", nargs="+", choices=("fp8", "bf16"), default=["fp8", "bf16"])
+    made.add_argument("--backend", nargs="+", choices=BACKENDS, default=["flat", "collective"])
+    made.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("bf16", "fp8"),
+        default=["bf16", "fp8"],
+        help="of dispatched rows; flat sends bf16 only",
+    )
     for name, default, words in (
         ("num-tokens", 256, "a rank"), ("hidden", 7168, ""), ("experts", 256, "of a layer"), ("topk", 8, "a token"),
-        ("groups", 8, "of experts"), ("topk-groups", 4, "that a token may use"), ("nodes", 2, "the ranks form"),
+        ("groups", 8, "of experts"), ("topk-groups", 4, "that a token may use"),
         ("ranks", 4, "in all, unless started by torchrun or srun"), ("repetitions", 5, "of each back end, in turns"),
     ):  # fmt: skip
         made.add_argument(f"--{name}", type=int, default=default, help=f"{words} (default {default})".strip())
+    made.add_argument("--nodes", type=int, help=f"the ranks form (default: the job's, on this machine {LOCAL_NODES})")
     made.add_argument("--namespaces", action="store_true", help="each node in a network namespace (needs root)")
-    made.add_argument("--link-mbit", type=float, default=1000.0, help="rate of a node's link in --namespaces")
+    made.add_argument("--link-mbit", type=float, default=LINK_MBIT, help="rate of a node's link in --namespaces")
     made.add_argument("--link", help="network interface whose sent bytes are read, such as eth0")
     made.add_argument("--json", action="store_true", help="one JSON line a row")
+    made.add_argument("--rows", type=Path, metavar="FILE", help="append the rows to this file too, as JSON lines")
     return made
 
 
@@ -132,7 +115,7 @@ def check(arguments: Namespace, num_ranks: int) -> None:
         (a.namespaces and "native_host" in a.backend, "native_host crosses no network: leave out --namespaces"),
         (not torch.cuda.is_available() and {"native", "deepep"} & {*a.backend},
          "native and deepep need GPUs, and there are none: use collective, native_host or flat"),
-        (not _pairs(a), "flat does not send fp8: add --dtype bf16"),
+        ({*a.backend} == {"flat"} and "bf16" not in a.dtype, "flat does not send fp8: add --dtype bf16"),
     )  # fmt: skip
     found = [message for wrong, message in rules if wrong]
     if found:
@@ -140,7 +123,9 @@ def check(arguments: Namespace, num_ranks: int) -> None:
 
 
 def _pairs(arguments: Namespace) -> list[tuple[str, str]]:
-    return [(b, d) for b in arguments.backend for d in arguments.dtype if (b, d) != ("flat", "fp8")]
+    """What is measured; flat BF16, which the others are compared with, first."""
+    others = [(b, d) for b in arguments.backend for d in arguments.dtype if b != "flat"]
+    return [("flat", "bf16"), *others] if "flat" in arguments.backend else others
 
 
 # --- the parent --------------------------------------------------------------------------------------------------
@@ -187,8 +172,11 @@ class _Measured:
     link: list[int]
 
 
-def measure(arguments: Namespace, process: Process) -> list[Row]:
-    """Every back end in turns, `repetitions` times after one to warm up; rows on all ranks."""
+def measure(arguments: Namespace, process: Process) -> Iterator[Row]:
+    """Every back end in turns, `repetitions` times after one to warm up; a row, on all ranks, after its last turn.
+
+    Rank 0 says on stderr how far it is.
+    """
     size, world = process.world_size, dist.group.WORLD
     assert world is not None
     tokens = Tokens(arguments.experts, arguments.topk, arguments.hidden, max_tokens=arguments.num_tokens)
@@ -206,20 +194,24 @@ def measure(arguments: Namespace, process: Process) -> list[Row]:
     x = torch.randn(len(ids), arguments.hidden, dtype=torch.bfloat16, device=process.device)
     weights = torch.rand(ids.shape, device=process.device)
     ratio = _node_over_link(process, size // arguments.nodes) if arguments.link and arguments.nodes > 1 else None
-    reads = arguments.link is not None and process.rank % (size // arguments.nodes) == 0
-    for repetition in range(arguments.repetitions + 1):
-        for measured in made.values():
-            before = _settled(arguments.link if reads else None, process)
+    link = arguments.link if process.rank % (size // arguments.nodes) == 0 else None
+    for turn in range(arguments.repetitions + 1):
+        for key, measured in made.items():
+            before = _settled(link, process)
             seconds = _once(measured.dispatcher, x, ids, weights, process)
-            after = _settled(arguments.link if reads else None, process)
-            if repetition:
+            after = _settled(link, process)
+            if process.rank == 0:
+                name = f"turn {turn} of {arguments.repetitions}" if turn else "warm-up"
+                print(f"{name}: {' '.join(key)} {1e3 * sum(seconds):.0f} ms", file=sys.stderr, flush=True)
+            if turn:
                 total = torch.tensor([after - before], device=process.device)
                 dist.all_reduce(total)
                 measured.link.append(int(total))
                 measured.dispatch.append(seconds[0])
                 measured.combine.append(seconds[1])
-    flat = made.get(("flat", "bf16"))
-    return [replace(_row(arguments, size, key, m, flat), node_over_link=ratio) for key, m in made.items()]
+            if turn == arguments.repetitions:
+                row = _row(arguments, size, key, measured, made.get(("flat", "bf16")))
+                yield replace(row, node_over_link=ratio)
 
 
 def _node_over_link(process: Process, per_node: int) -> float | None:
@@ -248,7 +240,7 @@ def _node_over_link(process: Process, per_node: int) -> float | None:
 
 def _quantiser(process: Process, dtype: str) -> Quantiser:
     """Compiled kernels on a CPU: in plain torch quantising would take longer than what it saves on the way."""
-    return Quantiser(Tile.ROW, kernels=NativeKernels()) if (process.device.type, dtype) == ("cpu", "fp8") else QUANTISER
+    return replace(QUANTISER, kernels=NativeKernels()) if (process.device.type, dtype) == ("cpu", "fp8") else QUANTISER
 
 
 def _settled(link: str | None, process: Process) -> int:
@@ -310,47 +302,36 @@ def _row(arguments: Namespace, size: int, key: tuple[str, str], measured: _Measu
     )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows as DeepEP prints them: microseconds, GB/s over RDMA and NVLink of a rank; then the links' bytes."""
-    head = (
-        "Backend",
-        "Dispatch #EP",
-        "us",
-        "GB/s (RDMA)",
-        "GB/s (NVL)",
-        "Combine #EP",
-        "us",
-        "GB/s (RDMA)",
-        "GB/s (NVL)",
-    )
-    lines: list[tuple[str, ...]] = [(*head, "vs flat", "link MB", "minimum MB")]
-    for row in rows:
-        ep, link = f"{row.ranks} ({row.nodes} nodes)", "-" if row.link_bytes is None else f"{row.link_bytes / 1e6:.2f}"
-        faster = "-" if row.speedup_over_flat is None else f"{row.speedup_over_flat:.2f}x"
-        lines.append((
-            f"{row.backend} {row.dtype.upper()}", ep, f"{1e3 * row.dispatch_ms:.0f}", f"{row.dispatch_rdma_gbps:.3g}",
-            f"{row.dispatch_nvl_gbps:.3g}", ep, f"{1e3 * row.combine_ms:.0f}", f"{row.combine_rdma_gbps:.3g}",
-            f"{row.combine_nvl_gbps:.3g}", faster, link, f"{row.minimum_bytes / 1e6:.2f}",
-        ))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    if rows and rows[0].node_over_link is not None:
-        text.append(f"Within a node, plain all-to-alls moved {rows[0].node_over_link:.1f} times the bytes a second.")
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
-
-
 def bench_alltoall(argv: Sequence[str]) -> int:
-    """`expertpipe bench alltoall [flags]`; see `--help`."""
+    """`expertpipe bench alltoall [flags]`; see `--help`. Rows are printed as they come."""
     arguments = parser().parse_args(argv)
-    if "RANK" not in os.environ:
+    os.environ.update(slurm_environment(os.environ))
+    world_size = outer_world_size(os.environ)
+    if world_size is None:
+        arguments.nodes = arguments.nodes or LOCAL_NODES
         check(arguments, arguments.ranks)
         return start(arguments, argv)
-    check(arguments, int(os.environ["WORLD_SIZE"]))
+    if arguments.nodes is None:
+        arguments.nodes = max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    check(arguments, world_size)
     with process_group(TrainConfig(steps=1, global_batch_size=1, timeout_seconds=SECONDS)) as process:
-        rows = measure(arguments, process)
-        if process.rank == 0:
-            print("\n".join(json.dumps(asdict(row)) for row in rows) if arguments.json else table(rows), flush=True)
+        rows = []
+        for row in measure(arguments, process):
+            if process.rank == 0:
+                _show(arguments, row, first=not rows)
+            rows.append(row)
+        if process.rank == 0 and not arguments.json and (last := closing_line(rows)):
+            print(last, flush=True)
         dist.barrier()
     return 0
+
+
+def _show(arguments: Namespace, row: Row, *, first: bool) -> None:
+    as_json = json.dumps(asdict(row))
+    if arguments.json:
+        print(as_json, flush=True)
+    else:
+        print("\n".join([*(head_lines() if first else []), row_line(row)]), flush=True)
+    if arguments.rows is not None:
+        with open(arguments.rows, "a", encoding="utf-8") as file:
+            file.write(as_json + "\n")

@@ -2,8 +2,8 @@
 
     python -m parallel.expert.native.gpu_build
 
-Needs nvcc 13, no GPU. NCCL's headers, and cuobjdump where CUDA lacks it, come from wheels that are taken apart in the
-cache folder and never installed: torch and its own NCCL stay as they are.
+Needs a C++ compiler, no GPU. NCCL's headers, and nvcc and cuobjdump where they are not there, come from wheels that are
+taken apart in the cache folder and never installed: torch and its own NCCL stay as they are.
 """
 
 import hashlib
@@ -21,6 +21,11 @@ from parallel.expert.native.library import SOURCES, cache_folder, locked
 
 NCCL_WHEEL, LEAST_NCCL = "nvidia-nccl-cu13==2.32.3", (2, 30, 4)
 CUOBJDUMP_WHEEL = "nvidia-cuda-cuobjdump==13.4.92"
+# What nvcc needs; they all unpack to parts of one folder. 102 MB to fetch.
+NVCC_WHEELS = (
+    "nvidia-cuda-nvcc==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-crt==13.0.88", "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+)  # fmt: skip
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -64,12 +69,16 @@ class Usage:
         return [f"{self.kernel}: {text}" for text in found]
 
 
-def nvcc() -> str:
-    """Path of nvcc. Raises NativeError if it is nowhere."""
+def nvcc(folder: Path) -> list[str]:
+    """How nvcc is called: CUDA's, else the one of its wheels. Raises NativeError if they cannot be fetched."""
     found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
-        raise NativeError("nvcc is missing: install CUDA 13")
-    return found
+    if found is not None:
+        return [found]
+    root = fetched(NVCC_WHEELS, "nvidia/cu13/", folder) / "nvidia" / "cu13"
+    for program in (*(root / "bin").glob("*"), *(root / "nvvm" / "bin").glob("*")):
+        if program.is_file():
+            program.chmod(0o755)
+    return [str(root / "bin" / "nvcc"), f"-L{root / 'lib'}"]  # it looks for its libraries in lib64
 
 
 def cuobjdump(folder: Path) -> str:
@@ -77,34 +86,39 @@ def cuobjdump(folder: Path) -> str:
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
     if found is not None:
         return found
-    program = next(fetched(CUOBJDUMP_WHEEL, "bin/cuobjdump", folder).rglob("cuobjdump"))
+    program = next(fetched((CUOBJDUMP_WHEEL,), "bin/cuobjdump", folder).rglob("cuobjdump"))
     program.chmod(0o755)
     return str(program)
 
 
-def fetched(requirement: str, part: str, folder: Path) -> Path:
-    """A folder with those files of a wheel whose paths contain `part`; downloaded on first use, never installed."""
-    target = folder / requirement.replace("==", "-")
+def fetched(requirements: tuple[str, ...], part: str, folder: Path) -> Path:
+    """A folder with those files of wheels whose paths contain `part`; downloaded on first use, never installed."""
+    target = folder / requirements[0].replace("==", "-")
     folder.mkdir(parents=True, exist_ok=True)
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, requirement]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, *requirements]
         done = subprocess.run(command, capture_output=True, text=True)
-        wheel = next(iter(Path(scratch).glob("*.whl")), None)
-        if done.returncode or wheel is None:
-            raise NativeError(f"{requirement} cannot be fetched: {done.stderr.strip()[-200:]}")
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(wheels) < len(requirements):
+            raise NativeError(f"{', '.join(requirements)} cannot be fetched: {' '.join(done.stderr.split())[-200:]}")
         taken = Path(scratch) / "taken"
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(taken, [name for name in archive.namelist() if part in name])
-        taken.rename(target)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(taken, [name for name in archive.namelist() if part in name])
+        try:
+            taken.rename(target)
+        except OSError:  # another process was first
+            if not target.exists():
+                raise
     return target
 
 
 def nccl_headers(folder: Path | None = None) -> Path:
     """NCCL's include folder, fetched as a wheel on first use. Raises NativeError if that fails or it is too old."""
     target = folder or cache_folder()
-    include = fetched(NCCL_WHEEL, "/include/", target) / "nvidia" / "nccl" / "include"
+    include = fetched((NCCL_WHEEL,), "/include/", target) / "nvidia" / "nccl" / "include"
     version = header_version(include)
     if version < LEAST_NCCL:
         raise NativeError(f"NCCL {version} in {include} is older than {LEAST_NCCL}")
@@ -129,8 +143,8 @@ def gpu_library(folder: Path | None = None) -> Path:
         return target
     with locked(folder):
         if not target.exists():
-            include, compiler, built = nccl_headers(folder), nvcc(), target.with_suffix(".part.so")
-            command = [compiler, *FLAGS, "-I", str(include), str(SOURCES / "abi_gpu.cu"), "-o", str(built)]
+            include, compiler, built = nccl_headers(folder), nvcc(folder), target.with_suffix(".part.so")
+            command = [*compiler, *FLAGS, "-I", str(include), str(SOURCES / "abi_gpu.cu"), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])

@@ -10,8 +10,9 @@ SLURM = Path(__file__).parents[3] / "slurm"
 SRUN = '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n'
 PYTHON = """#!/bin/bash
 [[ "$*" == *doctor* ]] && exit 0
-[[ "$*" == *"--backend native"* ]] && { echo "expertpipe: native is not built" >&2; exit 2; }
-[[ "$*" == *--json* ]] && echo "{\\"command\\": \\"$*\\"}" || echo "table of $*"
+[[ "$*" == *"--backend flat native "* ]] && { echo "expertpipe: native is not built" >&2; exit 2; }
+echo "table of $*"
+echo "{\\"command\\": \\"$*\\"}" >>"$(sed "s/.*--rows \\([^ ]*\\).*/\\1/" <<<"$*")"
 """
 
 
@@ -34,11 +35,11 @@ def test_every_back_end_and_a_failure_in_between(tmp_path: Path) -> None:
     rows = [json.loads(line)["command"] for line in (tmp_path / "alltoall-7.jsonl").read_text().splitlines()]
     asked = [row.split("--backend ")[1].split(" --num")[0] for row in rows]
     assert asked == [
-        "flat --dtype bf16", "collective --dtype fp8", "collective --dtype bf16", "deepep --dtype fp8",
-        "deepep --dtype bf16",
+        "flat --dtype bf16", "flat collective --dtype fp8", "flat collective --dtype bf16", "flat deepep --dtype fp8",
+        "flat deepep --dtype bf16",
     ]  # fmt: skip
-    sizes = "--num-tokens 4096 --hidden 7168 --experts 256 --topk 8 --groups 8 --topk-groups 4 --repeats 3 --json"
-    assert all(row.endswith(sizes) for row in rows)
+    sizes = "--num-tokens 4096 --hidden 7168 --experts 256 --topk 8 --groups 8 --topk-groups 4"
+    assert all(row.endswith(f"{sizes} --rows alltoall-7.jsonl --repeats 3") for row in rows)
     assert result.stdout.count("table of") == 5
     assert "== native, fp8: not measured" in result.stdout and "native is not built" in result.stderr
     assert "64 ranks on 8 nodes" in result.stdout
