@@ -190,6 +190,10 @@ COMMANDS: dict[str, Command] = {
         "every scheduled value of a run and those that follow it, by tokens seen",
         _late("commands.recipe.recipe_command"),
     ),
+    "preflight": Command(
+        "test nodes and links with a run's layout; names what is bad", _late("commands.preflight.preflight_command")
+    ),
+    "submit": Command("check, plan and submit a run to Slurm; --dry-run", _late("commands.submit.submit_command")),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
     "precision": Command(
         "format, tile and bytes of every tensor, in forward and backward", _late("commands.precision.precision_command")
