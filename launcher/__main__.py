@@ -195,6 +195,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "submit": Command("check, plan and submit a run to Slurm; --dry-run", _late("commands.submit.submit_command")),
     "doctor": Command("what this machine has, what is missing, what to do", _doctor),
+    "report": Command("a run as one HTML page, finished or not", _late("commands.report.report_command")),
     "precision": Command(
         "format, tile and bytes of every tensor, in forward and backward", _late("commands.precision.precision_command")
     ),

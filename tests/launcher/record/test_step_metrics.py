@@ -27,7 +27,8 @@ def drop_a_copy(run: Any) -> None:
 
     if run.process.rank != 1:
         return
-    timed = next(m for s in run.model.stages.values() for m in s.modules() if isinstance(m, MoE)).dispatcher
+    modules = (m for stage in run.model.stages.values() for m in stage.modules())
+    timed: Any = next(m for m in modules if isinstance(m, MoE)).dispatcher
     plain = timed.inner.dispatch
 
     def dispatch(x_TD: Any, ids_TK: Any = None, weights_TK: Any = None, *, handle: Any = None) -> Any:
