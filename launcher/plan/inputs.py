@@ -68,6 +68,7 @@ def job_of(args: Namespace) -> Job:
         tokens=float(constant.end_tokens),
         ramp=tuple((s.step.batch, float(s.end_tokens - s.first_tokens)) for s in growing),
         moments_bytes=2 if config.optim.moments == "bf16" else 4,
+        fp8=config.fp8,
     )
     if args.as_published:
         job = as_published(job)
@@ -78,10 +79,10 @@ def job_of(args: Namespace) -> Job:
 
 
 def as_published(job: Job) -> Job:
-    """The report's engine: FP8, rows once a node in FP8, chunks without a partner not overlapped."""
+    """The report's engine: FP8, rows once a node in FP8, its recomputation, chunks alone not overlapped."""
     parallel = replace(
         job.parallel, dispatcher="collective", dispatch_wire="fp8", dispatch_grad_wire="fp8", overlap="pairs",
-        recompute="none",
+        recompute="report",
     )  # fmt: skip
     return replace(job, parallel=parallel, precision="fp8", bare=True)
 

@@ -29,8 +29,8 @@ def validate_command(*, as_json: bool, trace: Path | None) -> int:
             f"{row.check:<34}{number(row.published):>11}{number(row.predicted):>11}{row.relative_error:>+8.1%}"
             f"{row.bar:>6.0%}  {'yes' if row.holds else 'NO'}"
         )
-        if row.effect and (not row.holds or abs(row.relative_error) > 0.5 * row.bar or "factor" in row.effect):
-            print("\n".join(textwrap.wrap(row.effect, 76, initial_indent="    ", subsequent_indent="    ")))
+        if row.explained and (not row.holds or abs(row.relative_error) > 0.5 * row.bar or "factor" in row.explained):
+            print("\n".join(textwrap.wrap(row.explained, 76, initial_indent="    ", subsequent_indent="    ")))
     return 0
 
 

@@ -7,7 +7,7 @@ from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.cost import StageCosts
 from parallel.plan.job import Job
-from parallel.plan.step import Plan, plan
+from parallel.plan.step import Plan, estimate
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,6 @@ def changes(found: Plan, *, most: int = 3) -> list[Change]:
     return sorted(useful, key=lambda c: (-c.fits, -c.saved_seconds))[:most]
 
 
-def estimate(job: Job) -> tuple[float, bool]:
-    """Seconds of a step and whether it fits.
-
-    Of many micro-batches two smaller numbers are simulated and drawn out straight, which a schedule in its steady
-    state follows; peaks of memory are reached by then.
-    """
-    ranks, number = job.parallel.pipeline, job.num_microbatches
-    low, high = 2 * ranks, 2 * ranks + 4
-    if number <= high or job.cut > 1:
-        whole = plan(job)
-        return whole.step_seconds, whole.fits
-    samples = job.micro_batch_size * job.parallel.data
-    short, longer = (plan(replace(job, global_batch_size=samples * n)) for n in (low, high))
-    slope = (longer.step_seconds - short.step_seconds) / (high - low)
-    return longer.step_seconds + (number - high) * slope, longer.fits
-
-
 def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     """Single changes of the configuration, the batch or the cluster; fits: whether the job does as it is."""
     parallel = job.parallel
@@ -97,7 +80,7 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
             yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
-    levels = ("none", "attend", "layer")
+    levels = ("none", "attend", "layer") if parallel.recompute != "report" else ("report",)
     here = levels.index(parallel.recompute)
     for level in levels[here + 1 :] if not fits else levels[:here]:  # less is faster, more is smaller
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)

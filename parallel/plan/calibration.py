@@ -26,7 +26,7 @@ def predicted_classes(shape: LayerShape, hardware: Hardware, *, layers: int) -> 
 
 def trace_shape(model: ModelConfig, *, tokens: int, expert: int, ranks_per_node: int) -> LayerShape:
     """The layer of a trace of DeepSeek's own kernels, whose rows travel with FP32 scales."""
-    return LayerShape(model, tokens, tokens, expert, ranks_per_node, scale_bytes=4)
+    return LayerShape(model, tokens, tokens, expert, ranks_per_node, scale_bytes=4, recompute="report")
 
 
 def of_trace(path: Path, shape: LayerShape, hardware: Hardware, *, layers: int = TRACE_LAYERS) -> Calibration:

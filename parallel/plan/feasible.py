@@ -6,8 +6,7 @@ from model.counts import block_shapes
 from parallel.expert.placement import Placement
 from parallel.plan.hardware import HardwareError, check_cluster
 from parallel.plan.job import Job
-from parallel.plan.layers import LayerShape
-from parallel.plan.memory import kept_bytes
+from parallel.plan.memory import layer_kept_bytes, setting_of
 
 
 def problems(job: Job) -> list[str]:
@@ -70,8 +69,6 @@ def one_layer_bytes(job: Job, expert: int) -> float:
     parameters = sum(
         math.prod(shape) / (expert if ".experts." in name else 1) for name, shape in block_shapes(job.model, moe=moe)
     )
-    tokens = job.micro_batch_size * job.sequence_length // job.cut
-    shape = LayerShape(
-        job.model, tokens, job.sequence_length, expert, fp8=job.precision == "fp8", recompute=job.parallel.recompute
-    )
-    return parameters * (element + 4) + kept_bytes(shape, moe=moe, element_bytes=element)
+    other = job.with_parallel(expert=expert)
+    setting = setting_of(other.shape(), other.parallel, precision=job.precision, fp8=job.fp8)
+    return parameters * (element + 4) + layer_kept_bytes(setting, moe=moe)

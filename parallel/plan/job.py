@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from model.config import ModelConfig
+from model.fp8.config import DEFAULT_FP8, FP8Config
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import build
@@ -22,6 +23,7 @@ class Job:
     tokens: of the whole of it. moments_bytes: of an optimizer moment's element. bare: see `cost.StageCosts`. cut: ranks
     that would share each sequence (for what a longer context takes; the engine does not cut sequences). ramp: smaller
     batches before the constant one, each with the tokens seen in it, where the configuration has them.
+    fp8: its back end and what it keeps.
     """
 
     model: ModelConfig
@@ -37,6 +39,7 @@ class Job:
     bare: bool = False
     cut: int = 1
     ramp: tuple[tuple[int, float], ...] = ()
+    fp8: FP8Config = DEFAULT_FP8
 
     @property
     def num_gpus(self) -> int:
@@ -61,7 +64,7 @@ class Job:
         return LayerShape(
             self.model, self.micro_batch_size * self.sequence_length // self.cut, self.sequence_length, parallel.expert,
             parallel.ranks_per_node or self.hardware.gpus_per_node, fp8, WAYS[parallel.dispatcher], wires[0], wires[1],
-            parallel.recompute,
+            parallel.recompute, cut=self.cut,
         )  # fmt: skip
 
     def schedule(self) -> Schedule:

@@ -1,11 +1,11 @@
 """The kernels of one layer and one micro-batch, phase by phase, priced on a machine. No torch.
 
 Phases are those of `parallel.pipeline.phases`; `attend_weights` and so on are the weight gradients that a phase puts
-off. Recomputed in the backward, as in the report: norms, the up-projections of attention, SwiGLU. With recompute=attend
-or layer the whole forward of those phases is added to their gradients.
+off. With recompute=attend or layer the whole forward of those phases is added to their gradients; with `report`, which
+is DeepSeek's engine, norms and the up-projections of attention are computed again (SwiGLU wherever products are FP8).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from model.config import ModelConfig
@@ -22,7 +22,9 @@ class LayerShape:
 
     tokens: of a micro-batch on one rank, sequences of `sequence_length`. expert: ranks of the expert axis. fp8:
     products in FP8, else BF16. way: how rows travel (`parallel.expert.cost.WAYS`). dispatch_fp8, dispatch_grad_fp8:
-    their wires. recompute: none | attend | layer. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's kernels.
+    their wires. recompute: none | attend | layer, or report. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's.
+    cut: ranks that share each sequence: every one gathers the latents of all of it and projects them up. imbalance: of
+    the fullest rank of an expert group, rows over the mean.
     """
 
     model: ModelConfig
@@ -36,11 +38,13 @@ class LayerShape:
     dispatch_grad_fp8: bool = True
     recompute: str = "none"
     scale_bytes: int = 1
+    cut: int = 1
+    imbalance: float = 1.0
 
     @property
     def rows(self) -> int:
-        """Rows that the experts of a rank get under a balanced gate."""
-        return self.tokens * self.model.num_experts_per_tok
+        """Rows that the experts of a rank get."""
+        return round(self.imbalance * self.tokens * self.model.num_experts_per_tok)
 
     @property
     def local_experts(self) -> int:
@@ -109,7 +113,7 @@ def layer_bill(shape: LayerShape, machine: Machine, *, moe: bool) -> Bill:
         _experts(pen)
     else:
         _swiglu(pen, "attend", shape.model.intermediate_size)
-    again = {"none": (), "attend": ("attend",), "layer": ("attend", "shared", "experts")}[shape.recompute]
+    again = {"none": (), "report": (), "attend": ("attend",), "layer": ("attend", "shared", "experts")}[shape.recompute]
     for (phase, kind), value in list(pen.bill.seconds.items()):
         if phase in again:
             pen.bill.add(f"{phase}_grad", kind, value)
@@ -122,7 +126,8 @@ def _attention(pen: _Pen) -> None:
     wide_q, wide_kv, wide_o = heads * c.qk_head_dim, heads * (c.qk_nope_head_dim + c.v_head_dim), heads * c.v_head_dim
     F, B = "attend", "attend_grad"
     latents = (c.q_lora_rank or 0) + c.kv_lora_rank
-    for phase in (F, B, B):  # the residual's sum in the same kernel: two read, two written; recomputed; gradients
+    again = (B,) if pen.shape.recompute == "report" else ()
+    for phase in (F, B, *again):  # the residual's sum in the same kernel: two read, two written; gradients
         pen.pass_over(phase, "norm", 2 * T * D, passes=4)
         pen.pass_over(phase, "norm", T * latents, passes=2)
     if c.q_lora_rank is None:
@@ -130,13 +135,16 @@ def _attention(pen: _Pen) -> None:
     else:
         pen.linear(F, c.q_lora_rank, D, T, back=B)
         pen.linear(F, wide_q, c.q_lora_rank, T, back=B)
-        pen.linear(B, wide_q, c.q_lora_rank, T)  # recomputed
+        for phase in again:
+            pen.linear(phase, wide_q, c.q_lora_rank, T)
     pen.linear(F, c.kv_lora_rank + c.qk_rope_head_dim, D, T, back=B)
-    pen.linear(F, wide_kv, c.kv_lora_rank, T, back=B)
-    pen.linear(B, wide_kv, c.kv_lora_rank, T)  # recomputed
-    # heads put together with their positions, once forward, once recomputed, once for the gradients
-    for phase in (F, B, B):
-        pen.pass_over(phase, "elementwise", T * (2 * wide_q + wide_kv), passes=1.5)
+    seen = T * pen.shape.cut
+    pen.linear(F, wide_kv, c.kv_lora_rank, seen, back=B)
+    for phase in again:
+        pen.linear(phase, wide_kv, c.kv_lora_rank, seen)
+    # heads put together with their positions, forward and for the gradients
+    for phase in (F, B, *again):
+        pen.pass_over(phase, "elementwise", T * wide_q + seen * (wide_q + wide_kv), passes=1.5)
     flops = attention_flops(c, T, pen.shape.sequence_length)
     pen.bill.add(F, "attention", m.attention(flops, backward=False))
     pen.bill.add(B, "attention", m.attention(2.6 * flops, backward=True))
@@ -216,7 +224,16 @@ def transfers(shape: LayerShape, machine: Machine, *, sms: int) -> Transfers:
         factor("dispatch") * max(t.dispatch_ib_bytes / ib, t.dispatch_nvlink_bytes / nvlink) for t in (out, grads)
     )
     combine = factor("combine") * max(out.combine_ib_bytes / ib, out.combine_nvlink_bytes / nvlink)
-    return Transfers(dispatch, combine, grads_out, combine)
+    latents = latent_bytes(shape) / ib
+    moved = Transfers(dispatch + latents, combine, grads_out + 2 * latents, combine)
+    # an expert group is as late as its fullest rank
+    return Transfers(*(shape.imbalance * getattr(moved, part.name) for part in fields(moved)))
+
+
+def latent_bytes(shape: LayerShape) -> float:
+    """Of the other ranks' latents that attention over a cut sequence gathers; backward also sends their gradients."""
+    c = shape.model
+    return 2.0 * (c.kv_lora_rank + c.qk_rope_head_dim) * shape.tokens * (shape.cut - 1)
 
 
 @lru_cache(maxsize=256)

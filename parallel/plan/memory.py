@@ -1,30 +1,40 @@
 """Bytes of every pipeline rank by kind, from the parameter shapes and the schedule's own actions. No torch.
 
-Weights, gradients, masters and moments follow `parallel.zero1`; activations live from their F to their B or W, as
-`parallel.pipeline.simulate.peak_bytes` counts them; buffers follow `parallel.expert` and `parallel.pipeline.p2p`.
+Weights, gradients, masters and moments follow `parallel.zero1`. The rest rises and falls with the rank's actions
+(`parallel.plan.live`); posted receives follow `parallel.pipeline.p2p`. What it says is held to the tensors that runs on
+gloo processes allocate (`tests/parallel/plan/test_memory_measured.py`).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 from model.config import ModelConfig
 from model.counts import parameter_shapes
+from model.fp8.config import DEFAULT_FP8, FP8Config
+from model.fp8.precision_map import WIDE, Precision
 from parallel.config import ParallelConfig
-from parallel.pipeline.actions import Schedule
-from parallel.pipeline.simulate import Memory, peak_bytes
+from parallel.pipeline.actions import Action, Pair, Schedule, parts
 from parallel.plan.layers import LayerShape
+from parallel.plan.live import KINDS, Setting, Stage, Swing, fronts, parts_of, swing_of
 
 POSTED_AHEAD = 4  # receives of each kind, parallel.pipeline.p2p
 NCCL_BYTES = 1.5 * 2**30  # assumed: CUDA context and the buffers of about a dozen communicators
 MARGIN = 0.04  # of what is allocated: what the caching allocator cannot use, assumed
 ALIGN = 64  # elements, parallel.zero1
+ADAMW_CHUNK, INT64 = 1 << 15, 8  # optim.adamw, a token
+# Of a weight's rounded copy: the fast oracle keeps it in BF16, Transformer Engine as it is and transposed.
+ROUNDED_BYTES = {"oracle_exact": 1, "oracle_fast": 2, "transformer_engine": 2}
 GPU_LOGITS_BYTES, CPU_LOGITS_BYTES = 256 << 20, 4 << 20  # FP32 logits at a time, model.loss
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one GPU by kind. ema: on the GPU, 0 as it is kept on the host."""
+    """Bytes of one GPU by kind, at the moment when it holds most.
+
+    ema: on the GPU, 0 as it is kept on the host. activations: kept for the backward or for a weight gradient; working:
+    of the phase that computes then; buffers: rotations, routers, AdamW's scratch, tokens.
+    """
 
     weights: float
     gradients: float
@@ -32,8 +42,10 @@ class RankMemory:
     moments: float
     ema: float
     activations: float
+    working: float
     all_to_all: float
     p2p: float
+    buffers: float
     nccl: float
     margin: float
 
@@ -49,11 +61,12 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Holding:
-    """Parameters of one rank that the same group of `group` ranks holds."""
+    """Parameters of one rank that the same group of `group` ranks holds; rounded: those with a copy in FP8."""
 
     parameters: int
     group: int
     expert: bool
+    rounded: int = 0
 
 
 def stages_of(name: str, stages: tuple[range, ...], *, has_mtp: bool) -> tuple[int, ...]:
@@ -72,53 +85,45 @@ def holdings(
     model: ModelConfig, parallel: ParallelConfig, schedule: Schedule, stages: tuple[range, ...]
 ) -> tuple[tuple[Holding, ...], ...]:
     """What every pipeline rank holds, by group of ranks that share it."""
-    found: list[dict[tuple[int, bool], int]] = [{} for _ in range(schedule.num_ranks)]
+    found: list[dict[tuple[int, bool, bool], tuple[int, int]]] = [{} for _ in range(schedule.num_ranks)]
     for name, shape in parameter_shapes(model):
         expert = ".mlp.experts." in name
         on = stages_of(name, stages, has_mtp=model.num_nextn_predict_layers > 0)
         ranks = sorted({rank for stage in on for rank in schedule.holders(stage)})
         size = math.prod(shape) // (parallel.expert if expert else 1)
-        key = len(ranks) * parallel.data // (parallel.expert if expert else 1), expert
+        key = len(ranks) * parallel.data // (parallel.expert if expert else 1), expert, len(shape) > 1
+        rounded = size if len(shape) > 1 and not any(part in name for part in WIDE) else 0
         for rank in ranks:
-            found[rank][key] = found[rank].get(key, 0) + size
+            before = found[rank].get(key, (0, 0))
+            found[rank][key] = before[0] + size, before[1] + rounded
     return tuple(
-        tuple(Holding(size, group, expert) for (group, expert), size in sorted(held.items())) for held in found
+        tuple(Holding(size, group, expert, rounded) for (group, expert, _), (size, rounded) in sorted(held.items()))
+        for held in found
     )
 
 
-def kept_bytes(shape: LayerShape, *, moe: bool, element_bytes: int = 2) -> float:
-    """Bytes that one layer keeps of a micro-batch from forward to backward.
-
-    FP8, as the report recomputes and stores: residuals in BF16, latents in BF16, the output of attention in 12 bits,
-    rows of the experts and SwiGLU inputs in FP8. Else what autograd keeps of `model.block`.
-    """
-    c, T, D = shape.model, shape.tokens, shape.model.hidden_size
-    heads, width = c.num_attention_heads, c.moe_intermediate_size if moe else c.intermediate_size
-    latent = (c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim
-    rows = shape.rows if moe else 0
-    wide = (c.n_shared_experts if moe else 1) * width
-    routing = T * (4 * c.n_routed_experts + 16 * c.num_experts_per_tok) if moe else 0
-    if shape.recompute == "layer":
-        return T * D * element_bytes + routing
-    if shape.fp8:
-        attention = T * (2 * D + 2 * latent + 1.5 * heads * c.v_head_dim + 4 * heads)
-        return attention + T * (2 * D + 2 * wide) + rows * (D + 2 * width) + routing
-    assembled = heads * (2 * c.qk_head_dim + 2 * c.v_head_dim)  # q, k, v and what attention gives
-    attention = T * (2 * D + 2 * latent + assembled) * element_bytes + 4 * T * heads
-    mlp = (T * (2 * D + 3 * wide) + rows * (D + 3 * width)) * element_bytes
-    return mlp + routing + (T * D * element_bytes if shape.recompute == "attend" else attention)
+def setting_of(
+    shape: LayerShape, parallel: ParallelConfig, *, precision: str, fp8: FP8Config, on_cpu: bool = False
+) -> Setting:
+    """What decides a chunk's bytes, of a run."""
+    spread = parallel.expert > 1
+    return Setting(
+        model=shape.model,
+        precision=Precision(precision, fp8),
+        tokens=shape.tokens,
+        length=min(shape.sequence_length, shape.tokens),
+        rows=shape.rows,
+        spread=spread,
+        cut=(spread and parallel.overlap != "off") or shape.recompute != "none",
+        recompute=shape.recompute,
+        on_cpu=on_cpu,
+        logits_bytes=CPU_LOGITS_BYTES if on_cpu else GPU_LOGITS_BYTES,
+    )
 
 
-def activation_bytes(shape: LayerShape, stages: tuple[range, ...], *, element_bytes: int = 2) -> tuple[float, ...]:
-    """Of one micro-batch on every stage; the last keeps the gradient of each head's logits (`model.loss`)."""
-    c = shape.model
-    by_kind = {moe: kept_bytes(shape, moe=moe, element_bytes=element_bytes) for moe in (False, True)}
-    found = [sum(by_kind[c.is_moe(layer)] for layer in stage) for stage in stages]
-    ends = shape.tokens * c.hidden_size * element_bytes
-    heads = 1 + c.num_nextn_predict_layers
-    found[-1] += ends + c.num_nextn_predict_layers * (by_kind[True] + 4 * ends)
-    found[-1] += heads * shape.tokens * c.vocab_size * element_bytes
-    return tuple(found)
+def layer_kept_bytes(setting: Setting, *, moe: bool) -> float:
+    """Of one layer and one micro-batch, from forward to backward without recomputation."""
+    return sum(part.kept for part in parts_of(setting, moe=moe).values())
 
 
 def memory_of(
@@ -129,39 +134,130 @@ def memory_of(
     *,
     precision: str,
     moments_bytes: int = 2,
-    logits_chunk_bytes: int = GPU_LOGITS_BYTES,
+    fp8: FP8Config = DEFAULT_FP8,
+    on_cpu: bool = False,
 ) -> tuple[RankMemory, ...]:
     """Every pipeline rank's memory; ranks of one pipeline position are alike under a balanced gate.
 
-    precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps a quantised copy of the weights beside BF16.
-    moments_bytes: of an element of each of the two moments. logits_chunk_bytes: of one chunk of rows of FP32 logits.
+    precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps a rounded copy of the weights beside BF16.
+    moments_bytes: of an element of each of the two moments. on_cpu: with gloo and the CPU's scratch memory.
     """
-    c, T, D = shape.model, shape.tokens, shape.model.hidden_size
-    element = 4 if precision == "fp32" else 2
-    kept = activation_bytes(shape, stages, element_bytes=element)
-    live = peak_bytes(schedule, Memory(kept, kept))
-    logits = 2 * min(T * c.vocab_size * 4, logits_chunk_bytes)
+    setting = setting_of(shape, parallel, precision=precision, fp8=fp8, on_cpu=on_cpu)
+    walk = _Walk(schedule, stages, setting, level=parallel.overlap if parallel.expert > 1 else "off")
     found = []
-    for rank, held in enumerate(holdings(c, parallel, schedule, stages)):
-        number = sum(h.parameters for h in held)
-        shards = sum(_shard(h) for h in held)
-        ends = schedule.num_stages - 1 in schedule.stages_of(rank)
-        rows = shape.rows * D * element if parallel.expert > 1 else 0
-        in_flight = 4 * rows if parallel.overlap != "off" else 2 * rows  # of both chunks of a pair, there and back
-        hops = 2 * POSTED_AHEAD * T * D * element if schedule.num_ranks > 1 else 0
-        parts = {
-            "weights": number * (element + (precision == "fp8")),
-            "gradients": number * 4 + sum(_shard(h) * 4 for h in held if h.group > 1),
-            "masters": 0 if precision == "fp32" else shards * 4,
-            "moments": shards * 2 * moments_bytes,
-            "ema": 0.0,
-            "activations": live[rank] + (logits if ends else 0),
-            "all_to_all": in_flight,
-            "p2p": hops,
-        }
-        allocated = sum(parts.values())
-        found.append(RankMemory(**parts, nccl=NCCL_BYTES, margin=MARGIN * allocated))  # type: ignore[arg-type]
+    for rank, held in enumerate(holdings(shape.model, parallel, schedule, stages)):
+        bytes_by_kind = _held_bytes(held, setting, moments_bytes=moments_bytes)
+        peak = walk.peak(rank)
+        bytes_by_kind["buffers"] = _buffer_bytes(shape.model, [stages[s] for s in schedule.stages_of(rank)], held)
+        bytes_by_kind["buffers"] += schedule.num_microbatches * (shape.tokens + 1) * INT64
+        bytes_by_kind["activations"] = peak["kept"] + peak["put_off"]
+        bytes_by_kind["working"] = peak["computing"]
+        bytes_by_kind["all_to_all"] = peak["travelling"]
+        bytes_by_kind["p2p"] = peak["messages"]
+        allocated = sum(bytes_by_kind.values())
+        found.append(RankMemory(**bytes_by_kind, ema=0.0, nccl=NCCL_BYTES, margin=MARGIN * allocated))
     return tuple(found)
+
+
+def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: int) -> dict[str, float]:
+    """Weights, gradients, masters and moments, filled up as `parallel.zero1` does."""
+    number = sum(_shard(h) * h.group for h in held)
+    shards = sum(_shard(h) for h in held)
+    precision = setting.precision
+    rounded = 0.0
+    if precision.precision == "fp8":
+        each = 1 if setting.recompute == "report" else ROUNDED_BYTES[precision.fp8.backend]
+        rounded = sum(h.rounded for h in held) * (each if precision.fp8.weights_per_step else 0)
+    return {
+        "weights": number * setting.element + rounded,
+        "gradients": number * 4 + sum(_shard(h) * 4 for h in held if h.group > 1),
+        "masters": 0 if precision.precision == "fp32" else shards * 4,
+        "moments": shards * 2 * moments_bytes,
+    }
+
+
+def _buffer_bytes(model: ModelConfig, stages: list[range], held: tuple[Holding, ...]) -> float:
+    """Rotations of every stage, counts and biases of its routers, scratch of AdamW."""
+    last = model.num_hidden_layers
+    blocks = sum(model.is_moe(i) for stage in stages for i in stage)
+    blocks += model.num_nextn_predict_layers * sum(stage.stop == last for stage in stages)
+    rotations = len(stages) * model.max_position_embeddings * model.qk_rope_head_dim * 4
+    longest = max((_shard(h) for h in held), default=0)
+    return rotations + blocks * (12 * model.n_routed_experts + 4) + 3 * 4 * min(ADAMW_CHUNK, longest)
+
+
+class _Walk:
+    """A rank's actions as swings of its level, each kind of action worked out once."""
+
+    def __init__(self, schedule: Schedule, stages: tuple[range, ...], setting: Setting, *, level: str) -> None:
+        self.schedule, self.setting, self.level = schedule, setting, level
+        alike: dict[object, Stage] = {}
+        self.stages = []
+        for layers in stages:
+            key = (tuple(fronts(setting.model, layers)), layers.start == 0)
+            self.stages.append(alike.setdefault(key, Stage(setting, layers)))
+        self._swings: dict[object, Swing] = {}
+
+    def peak(self, rank: int) -> dict[str, float]:
+        """By kind, at the moment when the rank holds most; messages: posted receives."""
+        held = dict.fromkeys(KINDS, 0.0)
+        remaining = self._incoming(rank)
+        message = self.setting.hidden
+        best: dict[str, float] = {**held, "messages": 0.0}
+        for actions in self._works(rank):
+            posted = sum(min(POSTED_AHEAD, left) for left in remaining.values()) * message
+            swing = self._swing(actions)
+            now = {kind: held[kind] + swing.peak[kind] for kind in KINDS}
+            if sum(now.values()) + posted > sum(best.values()):
+                best = {**now, "messages": posted}
+            for kind in KINDS:
+                held[kind] += swing.after[kind]
+            for action in actions:
+                source = self._source(rank, action)
+                if source is not None:
+                    remaining[source] -= 1
+        return best
+
+    def _works(self, rank: int) -> Iterator[tuple[Action, ...]]:
+        steps = self.schedule.ranks[rank]
+        position = 0
+        while position < len(steps):
+            here, following = steps[position], steps[position + 1 : position + 2]
+            position += 1
+            if isinstance(here, Pair) and self.level == "off":
+                yield from ((action,) for action in parts(here))
+            elif (
+                isinstance(here, Action) and here.kind == "I" and self.level == "all"
+                and following == (Action("W", here.stage, here.microbatch),)
+            ):  # fmt: skip
+                yield (here, Action("W", here.stage, here.microbatch))
+                position += 1
+            else:
+                yield parts(here)
+
+    def _swing(self, actions: tuple[Action, ...]) -> Swing:
+        key = tuple((action.kind, id(self.stages[action.stage])) for action in actions)
+        if key not in self._swings:
+            self._swings[key] = swing_of(tuple((a.kind, self.stages[a.stage]) for a in actions))
+        return self._swings[key]
+
+    def _source(self, rank: int, action: Action) -> int | None:
+        """Rank whose message the action takes, if another's."""
+        needed = self.schedule.inputs(action)
+        if needed is None:
+            return None
+        stage = action.stage - 1 if action.kind == "F" else action.stage + 1
+        source = self.schedule.rank_of(stage, action.microbatch)
+        return None if source == rank else source
+
+    def _incoming(self, rank: int) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for step in self.schedule.ranks[rank]:
+            for action in parts(step):
+                source = self._source(rank, action)
+                if source is not None:
+                    found[source] = found.get(source, 0) + 1
+        return found
 
 
 def _shard(holding: Holding) -> int:

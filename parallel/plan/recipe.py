@@ -7,7 +7,7 @@ from parallel.pipeline.simulate_phases import simulate_phases
 from parallel.plan.cost import price
 from parallel.plan.job import Job
 from parallel.plan.memory import memory_of
-from parallel.plan.step import Plan
+from parallel.plan.step import Plan, estimate
 
 RAMP_TOKENS = 469e9  # report section 4.2: 3,072 to 15,360 sequences in the first 469B tokens, steps not published
 RAMP_FROM = 3072
@@ -63,24 +63,25 @@ def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
     rest = (job.tokens - sum(tokens for _, tokens in growth)) * full * gpu_hours
     extensions = []
     for length, sequences, steps in EXTENSIONS if has_ramp(job) else ():
-        extensions.append(steps * step_seconds(extension(plan, length, sequences), plan) * gpu_hours)
+        extensions.append(steps * estimate(extension(plan, length, sequences))[0] * gpu_hours)
     return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour)
 
 
 def extension(plan: Plan, length: int, sequences: int) -> Job:
     """The plan's job at a longer context, on the same ranks.
 
-    Sequences that do not divide over the pipelines are cut over ranks until they do (the report does not say how it
-    did that), and what does not fit is computed again.
+    A whole sequence does not fit a GPU, and the report does not say what it did: here every sequence is cut over as few
+    ranks as make it fit (and divide over the pipelines). The engine cannot do that yet.
     """
     job, samples = plan.job, plan.job.micro_batch_size * plan.job.parallel.data
-    cut = next(n for n in range(1, samples + 1) if sequences * n % samples == 0)
-    longer = replace(job, sequence_length=length, global_batch_size=sequences, cut=cut)
-    for level in ("none", "attend", "layer"):
-        longer = longer.with_parallel(recompute=level)
+    longest = max(1, length // 1024)
+    cuts = [n for n in range(1, longest + 1) if length % n == 0 and sequences * n % samples == 0]
+    longer = replace(job, sequence_length=length, global_batch_size=sequences, ramp=())
+    for cut in cuts or [1]:
+        longer = replace(longer, cut=cut)
         memory = memory_of(
             longer.shape(), longer.parallel, longer.schedule(), plan.stages,
-            precision=job.precision, moments_bytes=job.moments_bytes,
+            precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
         )  # fmt: skip
         if max(rank.total for rank in memory) <= job.hardware.memory_bytes:
             break

@@ -147,7 +147,7 @@ def _fitting(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]
         other = job.with_parallel(recompute=level)
         memory = memory_of(
             other.shape(), other.parallel, schedule, stages,
-            precision=job.precision, moments_bytes=job.moments_bytes,
+            precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
         )  # fmt: skip
         least = max(rank.total for rank in memory)
         if least <= job.hardware.memory_bytes:

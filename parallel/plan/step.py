@@ -78,8 +78,28 @@ def plan(job: Job) -> Plan:
         optimizer=max(end.update for end in ends),
         exposed_communication=max(end.communication for end in ends),
     )
-    memory = memory_of(shape, job.parallel, schedule, stages, precision=job.precision, moments_bytes=job.moments_bytes)
+    memory = memory_of(
+        shape, job.parallel, schedule, stages,
+        precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
+    )  # fmt: skip
     return Plan(job, schedule, stages, costs, timeline, split, memory)
+
+
+def estimate(job: Job) -> tuple[float, bool]:
+    """Seconds of a step and whether it fits.
+
+    Of many micro-batches two smaller numbers are simulated and drawn out straight, which a schedule in its steady
+    state follows; peaks of memory are reached by then.
+    """
+    ranks, number = job.parallel.pipeline, job.num_microbatches
+    low, high = 2 * ranks, 2 * ranks + 4
+    samples = job.micro_batch_size * job.parallel.data
+    if number <= high or samples * low % job.cut or samples * high % job.cut:
+        whole = plan(job)
+        return whole.step_seconds, whole.fits
+    short, longer = (plan(replace(job, global_batch_size=samples * n // job.cut)) for n in (low, high))
+    slope = (longer.step_seconds - short.step_seconds) / (high - low)
+    return longer.step_seconds + (number - high) * slope, longer.fits
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ def test_rows_and_what_does_not_hold(capsys):
     assert all({"check", "published", "predicted", "relative_error", "bar", "holds"} <= set(row) for row in rows)
     for row in rows:
         assert row["holds"] == (abs(row["predicted"] / row["published"] - 1) <= row["bar"])
-        assert row["holds"] or row["effect"], row["check"]
+        assert row["holds"] or row["explained"], row["check"]
     failing = {row["check"] for row in rows if not row["holds"]}
     assert failing == {
         "ISCA: 1W, s", "ISCA: step, from the trace alone", "report: GPU-hours of the extension",

@@ -19,7 +19,7 @@ V3 = ModelConfig(
 )  # fmt: skip
 LAYOUT = ParallelConfig(
     pipeline=16, data=128, expert=64, schedule="dualpipe", dispatcher="collective", dispatch_wire="fp8",
-    dispatch_grad_wire="fp8",
+    dispatch_grad_wire="fp8", recompute="report",
 )  # fmt: skip
 
 
@@ -40,4 +40,4 @@ def small(**changes: object) -> Job:
 
 
 def v3_layer(**changes: object) -> LayerShape:
-    return replace(LayerShape(V3, 4096, 4096, 64), **changes)  # type: ignore[arg-type]
+    return replace(LayerShape(V3, 4096, 4096, 64, recompute="report"), **changes)  # type: ignore[arg-type]

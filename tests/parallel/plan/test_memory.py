@@ -3,7 +3,8 @@ import math
 import pytest
 
 from model.counts import counts
-from parallel.plan.memory import holdings, memory_of, stages_of
+from parallel.plan.live import KINDS, Stage, swing_of
+from parallel.plan.memory import holdings, memory_of, setting_of, stages_of
 from tests.parallel.plan.jobs import V3, small, v3
 
 
@@ -49,7 +50,8 @@ def test_kinds_of_the_published_run():
     ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
     middle, held = ranks[5], holdings(V3, job.parallel, schedule, stages)[5]
     number = sum(h.parameters for h in held)
-    assert middle.weights == 3 * number
+    rounded = sum(h.rounded for h in held)
+    assert middle.weights == pytest.approx(2 * number + rounded, rel=1e-6) and 0.97 < rounded / number < 1
     assert middle.gradients == pytest.approx(4 * number + 4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.masters == pytest.approx(4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.moments == pytest.approx(middle.masters)
@@ -64,7 +66,36 @@ def test_activations_follow_the_schedule():
         schedule, stages = parts(job)
         ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
         found[name] = ranks[0].activations
-    assert found["gpipe"] / found["1f1b"] == pytest.approx(small().num_microbatches / 2)
+    assert found["gpipe"] / found["1f1b"] == pytest.approx(small().num_microbatches / 2, rel=0.01)
+
+
+def swings(setting, layers):
+    stage = Stage(setting, layers)
+    return {kind: swing_of(((kind, stage),)) for kind in "FIBW"}
+
+
+@pytest.mark.parametrize("layers", [range(0, 3), range(3, 8)], ids=["first", "last"])
+@pytest.mark.parametrize("recompute", ["none", "attend", "layer", "report"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("expert", [1, 8])
+def test_what_a_chunk_allocates_it_frees(layers, recompute, precision, expert):
+    """F then B, and F then I then W, come back to where they began, kind by kind; nothing is freed twice."""
+    job = small(precision=precision).with_parallel(recompute=recompute, expert=expert)
+    found = swings(setting_of(job.shape(), job.parallel, precision=precision, fp8=job.fp8), layers)
+    for actions in ("FB", "FIW"):
+        for kind in KINDS:
+            assert sum(found[a].after[kind] for a in actions) == pytest.approx(0, abs=1), (actions, kind)
+    assert found["F"].after["kept"] > 0 and found["I"].after["put_off"] > 0
+    assert all(found[a].height >= sum(found[a].after.values()) for a in "FIB")
+
+
+def test_recomputing_more_keeps_less():
+    kept = []
+    for level in ("none", "attend", "layer"):
+        job = small(precision="bf16").with_parallel(recompute=level)
+        setting = setting_of(job.shape(), job.parallel, precision="bf16", fp8=job.fp8)
+        kept.append(swings(setting, range(0, 3))["F"].after["kept"])
+    assert kept == sorted(kept, reverse=True) and kept[2] < 0.5 * kept[0]
 
 
 def test_zero1_shards_shrink_with_the_group():

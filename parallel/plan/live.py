@@ -1,0 +1,395 @@
+"""Bytes that a rank's actions allocate and free, phase by phase, as `parallel.pipeline.chunk` does it. No torch.
+
+A `Work` is turned into a `Swing`: how far the level rises while it runs and where it leaves it. What is kept comes from
+`model.fp8.memory`; what is only there while a phase computes is counted in tensors of `model.mla`, `model.mlp`,
+`model.loss`. Rows under way are those of `parallel.expert.flat`; another dispatcher sends fewer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from model.fp8.memory import bytes_of, kept_by_layer, kept_in_report, put_off_by_layer
+from model.fp8.precision_map import Precision
+from parallel.pipeline.phases import backward_program, forward_program
+
+KINDS = ("kept", "put_off", "computing", "travelling")
+PARTS = ("attend", "shared", "experts")
+INDEX_BYTES, LOCAL_INDEX_BYTES = 36, 16  # a row: orders and inverses of the flat and of the local dispatcher, weights
+HEADS, BLOCK, BF16_BLOCK = 8, 128, 256  # of model.attention's products on a CPU
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the bytes of a chunk.
+
+    tokens: of a micro-batch, in sequences of `length`; rows: that the experts get. spread: experts lie on other ranks.
+    cut: the chunk runs phase by phase. recompute: none | attend | layer, or `report`: as DeepSeek's engine. on_cpu:
+    scratch of the CPU's attention and loss. logits_bytes: of one chunk of FP32 logits.
+    """
+
+    model: ModelConfig
+    precision: Precision
+    tokens: int
+    length: int
+    rows: int
+    spread: bool
+    cut: bool
+    recompute: str
+    on_cpu: bool
+    logits_bytes: float
+
+    @property
+    def element(self) -> int:
+        """Bytes of a wide number."""
+        return 4 if self.precision.wide == "FP32" else 2
+
+    @property
+    def hidden(self) -> float:
+        """Of the hidden state of a micro-batch."""
+        return self.tokens * self.model.hidden_size * self.element
+
+    @property
+    def row_bytes(self) -> float:
+        """Of the experts' rows, wide."""
+        return self.rows * self.model.hidden_size * self.element
+
+
+@dataclass(frozen=True)
+class Swing:
+    """peak: bytes above the level before, by kind, at the moment when their sum is largest; after: left at the end."""
+
+    peak: dict[str, float]
+    after: dict[str, float]
+
+    @property
+    def height(self) -> float:
+        """Of the peak."""
+        return sum(self.peak.values())
+
+
+@dataclass
+class Ledger:
+    """A level by kind that phases move, and its highest point."""
+
+    level: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    peak: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+
+    def move(self, **changes: float) -> None:
+        """Allocate, or free, by kind; `computing` lasts for this move alone."""
+        computing = changes.pop("computing", 0.0)
+        for kind, size in changes.items():
+            self.level[kind] += size
+        now = {**self.level, "computing": self.level["computing"] + computing}
+        if sum(now.values()) > sum(self.peak.values()):
+            self.peak = now
+
+    def swing(self) -> Swing:
+        """What it came to."""
+        return Swing(self.peak, self.level)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a layer: bytes kept from forward to backward, and put off from backward to weight gradient."""
+
+    kept: float
+    put_off: float
+
+
+def parts_of(setting: Setting, *, moe: bool) -> dict[str, Part]:
+    """A layer's, by part; the hidden state that enters is in attend."""
+    s = setting
+    sequences = max(1, s.tokens // s.length)
+    if s.recompute == "report":
+        kept, put_off = kept_in_report(s.model, moe=moe), []
+    else:
+        kept = kept_by_layer(s.model, s.precision, moe=moe)
+        put_off = put_off_by_layer(s.model, s.precision, moe=moe)
+    share = s.rows / (s.tokens * s.model.num_experts_per_tok)
+
+    def total(items: list, part: str) -> float:
+        return bytes_of([x for x in items if x.part == part], s.tokens, sequences) * (share if part == "experts" else 1)
+
+    # the report does not say what its weight gradients wait with: taken to be all that the chunk kept
+    return {p: Part(total(kept, p), total(put_off, p) if put_off else total(kept, p)) for p in PARTS}
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a link computes before its layer: dense layers, heads (with their losses), entries of MTP."""
+
+    dense: int = 0
+    heads: int = 0
+    entries: int = 0
+
+
+def fronts(model: ModelConfig, layers: range) -> list[Front]:
+    """Of every link of a stage, the end last."""
+    found, dense = [], 0
+    for layer in layers:
+        if model.is_moe(layer):
+            found.append(Front(dense))
+            dense = 0
+        else:
+            dense += 1
+    if layers.stop != model.num_hidden_layers:
+        return [*found, Front(dense)]
+    for _ in range(model.num_nextn_predict_layers):
+        found.append(Front(dense, 1, 1))
+        dense = 0
+    return [*found, Front(dense, 1)]
+
+
+class Stage:
+    """The bytes of one stage's phases; `play` moves a ledger by one of them."""
+
+    def __init__(self, setting: Setting, layers: range) -> None:
+        self.s, self.fronts = setting, fronts(setting.model, layers)
+        self.first = layers.start == 0
+        self.moe, self.dense = parts_of(setting, moe=True), parts_of(setting, moe=False)["attend"]
+        self.again = setting.recompute in ("attend", "layer")
+
+    def program(self, kind: str) -> Iterator[tuple[str, int]]:
+        """Phases of an action as (kind, link), whole or cut; `weights` of B at its end where it is whole."""
+        links = len(self.fronts)
+        if kind == "W":
+            return iter([("weights", 0)])
+        program = forward_program(links) if kind == "F" else backward_program(links, weights=kind == "B")
+        phases = [(phase.kind, phase.link) for phase in program]
+        if not self.s.cut and kind == "B":  # nothing to hide: all weight gradients once the chunk is done
+            phases = [*(p for p in phases if p[0] != "weights"), ("weights", 0)]
+        return iter(phases)
+
+    def play(self, kind: str, link: int, ledger: Ledger, done: set[int]) -> None:
+        """One phase; done: links whose weight gradients of this chunk are computed."""
+        getattr(self, f"_{kind}")(link, ledger, done)
+
+    # what comes before a layer
+
+    def _front_kept(self, front: Front) -> float:
+        s, h = self.s, self.s.hidden
+        head = 2 * h + 8 * s.tokens + s.tokens * s.model.vocab_size * s.element
+        # the embedded token and both norms' statistics, then the two side by side
+        return front.dense * self.dense.kept + front.heads * head + front.entries * (3 * h + 8 * s.tokens)
+
+    def _front_put_off(self, front: Front) -> float:
+        s, h = self.s, self.s.hidden
+        head = h + s.tokens * s.model.vocab_size * s.element
+        return front.dense * self.dense.put_off + front.heads * head + front.entries * 4 * h
+
+    def _logits(self, front: Front) -> float:
+        whole = 4 * self.s.tokens * self.s.model.vocab_size
+        return 2 * min(whole, self.s.logits_bytes) if front.heads else 0.0
+
+    def _projected(self) -> float:
+        """Queries, keys and values as they come from their projections."""
+        c = self.s.model
+        wide = c.num_attention_heads * (c.qk_head_dim + c.qk_nope_head_dim + c.v_head_dim)
+        return self.s.tokens * wide * self.s.element
+
+    def _assembled(self) -> float:
+        c = self.s.model
+        return self.s.tokens * c.num_attention_heads * (2 * c.qk_head_dim + c.v_head_dim) * self.s.element
+
+    def _scratch(self, *, backward: bool) -> float:
+        """Of the CPU's attention: scores and probabilities of a block, and operands of some heads."""
+        s = self.s
+        if not s.on_cpu or (s.element == 2 and not backward):
+            return 0.0
+        heads, block = min(HEADS, s.model.num_attention_heads), min(BF16_BLOCK if s.element == 2 else BLOCK, s.length)
+        scores = 4.0 * (2 * heads * block * s.length + block * block)
+        if not backward:
+            return scores
+        c, width = s.model, heads * s.length
+        operands = width * (2 * c.qk_head_dim + 2 * c.v_head_dim) * s.element
+        return scores + operands + width * (c.qk_head_dim + c.v_head_dim) * 4
+
+    # phases
+
+    def _attend(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+        s, front = self.s, self.fronts[link]
+        if link:
+            self._merge(ledger)
+        kept = self.moe["attend"].kept + self._front_kept(front)
+        x = s.hidden if self._x_apart else 0.0
+        working = self._projected() + self._scratch(backward=False)
+        if self.again:  # the residual and the normed state stay until the layer is merged
+            hidden = s.hidden if link or not self.first else 0.0
+            inner = kept - hidden
+            ledger.move(kept=hidden + s.hidden + self._index, travelling=s.hidden, computing=inner + working)
+        else:
+            ledger.move(kept=kept + x + self._index, computing=max(working, self._logits(front)))
+
+    @property
+    def _x_apart(self) -> bool:
+        """Whether the normed state that the experts read is in no part's list but the shared experts'."""
+        return bool(self.s.model.n_shared_experts) and self.s.precision.precision != "fp8"
+
+    @property
+    def _index(self) -> float:
+        return self.s.rows * (INDEX_BYTES if self.s.spread else LOCAL_INDEX_BYTES)
+
+    def _dispatch(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        if self.s.spread:
+            ledger.move(travelling=2 * self.s.row_bytes)
+
+    def _shared(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        if not self.s.model.n_shared_experts:
+            return
+        kept = self.moe["shared"].kept - (self.s.hidden if self._x_apart else 0.0)
+        left = 0.0 if self.s.recompute == "layer" else kept
+        ledger.move(kept=left, travelling=self.s.hidden, computing=kept - left)
+
+    @property
+    def _leaf_rows(self) -> float:
+        """Rows that the chunk holds for their gradient."""
+        return self.s.row_bytes if self.s.cut and self.s.recompute != "report" else 0.0
+
+    @property
+    def _listed_rows(self) -> float:
+        """Of those in the list of the experts, which a linear without FP8 keeps as they are."""
+        return self.s.row_bytes if self.s.precision.precision != "fp8" else 0.0
+
+    def _experts(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        s, rows = self.s, self.s.row_bytes
+        inner = self.moe["experts"].kept - self._listed_rows
+        if s.spread:  # as they arrived, then by expert
+            ledger.move(computing=rows)
+            ledger.move(travelling=-2 * rows)
+        stays, again = max(self._leaf_rows, self._listed_rows), s.recompute == "layer"
+        passing = (inner if again else 0.0) + rows - stays
+        ledger.move(kept=stays + (0.0 if again else inner), travelling=rows, computing=passing)
+
+    def _combine(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        rows = self.s.row_bytes
+        if self.s.spread:
+            ledger.move(travelling=2 * rows)
+        ledger.move(travelling=-rows)
+
+    def _merge(self, ledger: Ledger) -> None:
+        """Sums of routed rows, shared and residual become the next link's hidden state, which that link's list has."""
+        s = self.s
+        shared = s.hidden if s.model.n_shared_experts else 0.0
+        ledger.move(computing=2 * s.hidden)
+        ledger.move(travelling=-self._returning - shared - (s.hidden if self.again else 0.0))
+
+    @property
+    def _returning(self) -> float:
+        """Rows under way back to their tokens."""
+        return 2 * self.s.row_bytes if self.s.spread else 0.0
+
+    def _end(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+        front = self.fronts[link]
+        if link:
+            self._merge(ledger)
+        ledger.move(kept=self._front_kept(front), computing=max(self._logits(front), self.s.hidden))
+
+    def _put_off(self, ledger: Ledger, kept: float, put_off: float, computing: float = 0.0) -> None:
+        ledger.move(computing=computing)
+        ledger.move(kept=-kept, put_off=put_off)
+
+    def _end_grad(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+        front = self.fronts[link]
+        ledger.move(travelling=self.s.hidden)  # the gradient that comes, or that the loss makes
+        self._put_off(ledger, self._front_kept(front), self._front_put_off(front), 2 * self.s.hidden)
+
+    def _combine_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        ledger.move(travelling=(2 if self.s.spread else 1) * self.s.row_bytes)
+
+    def _shared_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        s = self.s
+        if not s.model.n_shared_experts:
+            return
+        shared = self.moe["shared"]
+        kept = shared.kept - (s.hidden if self._x_apart else 0.0)
+        if s.recompute == "layer":
+            ledger.move(kept=kept)
+        put_off = shared.put_off - (s.hidden if self._x_apart else 0.0)
+        self._put_off(ledger, kept, put_off)
+        ledger.move(travelling=s.hidden)
+
+    def _experts_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        s, rows, experts = self.s, self.s.row_bytes, self.moe["experts"]
+        if s.spread:
+            ledger.move(computing=rows)
+            ledger.move(travelling=-2 * rows)
+        else:
+            ledger.move(travelling=-rows)  # from here on in the list of what waits
+        inner = experts.kept - self._listed_rows
+        if s.recompute == "layer":
+            ledger.move(kept=inner)
+        width = s.rows * s.model.moe_intermediate_size * s.element
+        self._put_off(ledger, inner + self._listed_rows, experts.put_off, width)
+        ledger.move(travelling=rows)
+
+    def _dispatch_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+        ledger.move(travelling=self._returning)
+        ledger.move(travelling=-self.s.row_bytes, kept=0.0 if self._listed_rows else -self._leaf_rows)
+
+    def _attend_grad(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+        s, front, attend = self.s, self.fronts[link], self.moe["attend"]
+        kept = attend.kept + self._front_kept(front)
+        x = s.hidden if self._x_apart else 0.0
+        if self.again:
+            hidden = s.hidden if link or not self.first else 0.0
+            ledger.move(kept=kept + x - hidden - s.hidden)
+        working = self._assembled() + self._scratch(backward=True)
+        ledger.move(computing=working + s.hidden)
+        ledger.move(travelling=s.hidden - self._returning)
+        summed = s.hidden + (s.hidden if s.model.n_shared_experts else 0.0)
+        put_off = attend.put_off + self._front_put_off(front) + x
+        self._put_off(ledger, kept + x, put_off, 0.0)
+        ledger.move(computing=self._assembled())
+        ledger.move(travelling=-summed, kept=-self._index)
+
+    def _weights(self, link: int, ledger: Ledger, done: set[int]) -> None:
+        for number in range(len(self.fronts)):
+            if number < link or number in done:
+                continue
+            done.add(number)
+            size = self._front_put_off(self.fronts[number])
+            if number < len(self.fronts) - 1:
+                size += sum(part.put_off for part in self.moe.values())
+            ledger.move(put_off=-size)
+
+
+def swing_of(actions: tuple[tuple[str, Stage], ...]) -> Swing:
+    """Of actions that run as one: (kind, stage). Of a pair the phases take turns, the backward first.
+
+    What is left in `put_off` of a B is nothing; a backward's own gradient leaves with its message.
+    """
+    ledger = Ledger()
+    programs = [list(stage.program(kind)) for kind, stage in actions]
+    done: list[set[int]] = [set() for _ in actions]
+    order = _alternating(programs) if len(actions) == 2 and actions[0][0] == "F" else _one_by_one(programs)
+    for which, (kind, link) in order:
+        actions[which][1].play(kind, link, ledger, done[which])
+    for kind, stage in actions:
+        if kind in "BI":
+            ledger.move(travelling=-stage.s.hidden)
+    return ledger.swing()
+
+
+def _one_by_one(programs: list[list[tuple[str, int]]]) -> Iterator[tuple[int, tuple[str, int]]]:
+    for which, program in enumerate(programs):
+        yield from ((which, phase) for phase in program)
+
+
+_WAIT = ("attend", "end", "experts", "experts_grad", "attend_grad")
+
+
+def _alternating(programs: list[list[tuple[str, int]]]) -> Iterator[tuple[int, tuple[str, int]]]:
+    """As `parallel.pipeline.overlap` interleaves: between two turns the other computes; the backward begins."""
+    sides = []
+    for program in programs:
+        turns: list[list[tuple[str, int]]] = [[]]
+        for kind, link in program:
+            if kind in _WAIT and turns[-1]:
+                turns.append([])
+            turns[-1].append((kind, link))
+        sides.append(turns)
+    for i in range(max(map(len, sides))):
+        for which in (1, 0):
+            if i < len(sides[which]):
+                yield from ((which, phase) for phase in sides[which][i])
