@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 
 POLL_SECONDS = 0.05
+STORE_HOST = "so rank 0, which keeps it, may be the one"
 
 
 class ExpertError(RuntimeError):
@@ -35,7 +36,7 @@ class RollCall:
         asking = threading.Thread(target=self._ask, args=(others, found), daemon=True)
         asking.start()
         asking.join(3 * self._grace + 1)
-        who = found[0] if found else "the group's store does not answer, so its host may be the one"
+        who = found[0] if found else f"the group's store does not answer, {STORE_HOST}"
         line = f"rank {self._rank}: {what}: {who}; waited for ranks {others} ({reason})"
         if found:
             self._sign("verdict", line)
@@ -55,7 +56,7 @@ class RollCall:
             words = [self._store.get(f"verdict/{rank}").decode() for rank in told]
             found.append(f"it failed elsewhere first: {words[0]}" if words else "all ranks waited for are alive")
         except RuntimeError as error:
-            found.append(f"the group's store is gone ({str(error).splitlines()[0]}), so its host may be the one")
+            found.append(f"the group's store is gone ({str(error).splitlines()[0]}), {STORE_HOST}")
 
     def _wait(self, kind: str, ranks: list[int], seconds: float, *, any_one: bool = False) -> list[int]:
         """Those of the ranks that have not written `kind` when all have (or one has), or the time is over."""

@@ -154,6 +154,8 @@ class KernelDispatcher:
         self._check_rows("rows_RD", rows_RD)
         if len(rows_RD) != handle.rows:
             self._refuse(f"rows_RD has {len(rows_RD)} rows: the handle is of {handle.rows}")
+        if weights_R is not None:
+            self._check_device("weights_R", weights_R)
         if weights_R is not None and (weights_R.dtype != torch.float32 or weights_R.shape != (handle.rows,)):
             self._refuse(f"weights_R is {weights_R.dtype} {list(weights_R.shape)}: use float32 [{handle.rows}]")
         return self._start(lambda: self._gather(rows_RD, handle, weights_R), rows_RD, weights_R)
@@ -230,14 +232,19 @@ class KernelDispatcher:
         hidden = self.geometry.hidden_size
         if rows.ndim != 2:
             self._refuse(f"{name} has {rows.ndim} dimensions: it must have 2, [rows, hidden]")
-        if rows.device.type != self.device_type:
-            self._refuse(f"{name} is on {rows.device}: dispatcher {self.name} takes {self.device_type} tensors")
+        self._check_device(name, rows)
         if not quantised and rows.dtype not in FORMATS:
             self._refuse(f"{name} is {rows.dtype}: bfloat16 and float32 travel")
         if rows.shape[1] > hidden:
             self._refuse(f"{name} has hidden size {rows.shape[1]}: the buffers hold {hidden}")
 
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device.type != self.device_type:
+            self._refuse(f"{name} is on {tensor.device}: dispatcher {self.name} takes {self.device_type} tensors")
+
     def _check_routing(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
+        self._check_device("ids_TK", ids_TK)
+        self._check_device("weights_TK", weights_TK)
         if ids_TK.ndim != 2 or ids_TK.is_floating_point() or len(ids_TK) != len(x_TD):
             shape = list(ids_TK.shape)
             self._refuse(f"ids_TK is {ids_TK.dtype} {shape}: it must be int64 [{len(x_TD)}, top-k]")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.expert.native.dispatcher import Geometry, NativeConfig, checked_shape
+from parallel.expert.native.dispatcher import Geometry, KernelDispatcher, NativeConfig, checked_shape
 from parallel.expert.native.failure import NativeError
+from parallel.expert.native.gpu import NativeGpuDispatcher
 from parallel.expert.native.host import NativeHostDispatcher
-from parallel.expert.native.library import bind_host
+from parallel.expert.native.library import Machine, bind_host
 from parallel.expert.native.window import Window
 from tests.parallel.expert.native.reference import on_threads, routing
 
@@ -34,6 +35,8 @@ def inputs(rank: int, how: str) -> tuple[Tensor, Any, Any]:
         "three_dims": (x[None], ids, weights),
         "float64": (x.double(), ids, weights),
         "meta": (x.to("meta"), ids, weights),
+        "meta_ids": (x, ids.to("meta"), weights),
+        "meta_weights": (x, ids, weights.to("meta")),
         "tokens": (x, ids[:8], weights[:8]),
         "weights": (x, ids, weights[:, :3]),
         "no_ids": (x, None, None),
@@ -81,6 +84,8 @@ REFUSED = {
     "three_dims": "x_TD has 3 dimensions: it must have 2, [rows, hidden]",
     "float64": "x_TD is torch.float64: bfloat16 and float32 travel",
     "meta": "x_TD is on meta: dispatcher native_host takes cpu tensors",
+    "meta_ids": "ids_TK is on meta: dispatcher native_host takes cpu tensors",
+    "meta_weights": "weights_TK is on meta: dispatcher native_host takes cpu tensors",
     "tokens": "ids_TK is torch.int64 [8, 4]: it must be int64 [9, top-k]",
     "weights": "weights_TK is torch.float32 [9, 3]: it must be float32 [9, 4]",
     "no_ids": "a dispatch without a handle needs ids_TK and weights_TK",
@@ -97,6 +102,28 @@ def test_a_refusal_ends_all(how: str) -> None:
     assert own is not None and own.startswith(f"rank 1: {REFUSED[how]}")
     for line in lines:
         assert line is not None and line.endswith("stopped with all others, because rank 1: refused its arguments")
+
+
+class Stopped:
+    """A library that notes that all ranks were told to stop."""
+
+    calls = 0
+
+    def ep_stop(self, handle: int) -> None:
+        self.calls += 1
+
+
+def test_cpu_tensors_are_refused_by_native() -> None:
+    """Without a GPU: the dispatcher's own checks, its machine a stand-in; all other ranks are stopped too."""
+    dispatcher, library = NativeGpuDispatcher.__new__(NativeGpuDispatcher), Stopped()
+    KernelDispatcher.__init__(dispatcher, geometry=GEOMETRY, config=NativeConfig(), rank=2, names=[8, 9, 10, 11])
+    dispatcher.machine = Machine(library, 0, checked_shape(GEOMETRY, NativeConfig(), channels=2))  # type: ignore[arg-type]
+    x, ids, weights = inputs(2, "")
+    with pytest.raises(NativeError, match=r"^rank 10: x_TD is on cpu: dispatcher native takes cuda tensors$"):
+        dispatcher.dispatch(x, ids, weights)
+    with pytest.raises(NativeError, match=r"^rank 10: rows_RD is on cpu: dispatcher native takes cuda tensors$"):
+        dispatcher.combine(x, None)  # type: ignore[arg-type]
+    assert library.calls == 2
 
 
 # Found by the kernels: what the rank that found it says, what the others say.

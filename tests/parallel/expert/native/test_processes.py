@@ -66,7 +66,7 @@ def test_more_processes_equal_flat(nodes: int, ranks: int) -> None:
     run_distributed(ranks, equals_flat, nodes, 2)
 
 
-def failing(how: str) -> str:
+def failing(how: str, lost: int) -> str:
     group = start()
     rank = dist.get_rank()
     config = NativeConfig(timeout_seconds=1.5, ring=3 if how == "config" and rank == 1 else 8)
@@ -74,7 +74,7 @@ def failing(how: str) -> str:
     try:
         native = open_native(group, 2, config)
         sent = routing(rank, tokens=9, hidden=HIDDEN, experts=8, top_k=TOP_K, dtype=torch.float32)
-        if rank == 1:
+        if rank == lost:
             time.sleep(5)
             return "slept"
         native.dispatch(sent.x_TD, sent.ids_TK, sent.weights_TK).wait()
@@ -84,16 +84,18 @@ def failing(how: str) -> str:
     return "no error"
 
 
-def test_late_rank_is_named() -> None:
-    lines = run_distributed(4, failing, "late")
-    assert lines.pop(1) == "slept"
+@pytest.mark.parametrize("lost", [0, 1])
+def test_late_rank_is_named(lost: int) -> None:
+    lines = run_distributed(4, failing, "late", lost)
+    assert lines.pop(lost) == "slept"
     first = [line for line in lines if "stopped with all others" not in line]
-    assert len(first) == 1 and "nothing from rank 1 in 1.5 s (0 of 1 items so far)" in first[0]
+    assert len(first) == 1 and f"nothing from rank {lost} in 1.5 s (0 of 1 items so far)" in first[0]
     for line in lines:
-        assert line.startswith("rank ") and "nothing from rank 1 in 1.5 s" in line and "\n" not in line
+        assert line.startswith("rank ") and f"nothing from rank {lost} in 1.5 s" in line and "\n" not in line
+        assert ": notify " in line and ", channel 0" in line
 
 
 @pytest.mark.exhaustive
 def test_other_config_is_refused_by_all() -> None:
-    for line in run_distributed(4, failing, "config"):
+    for line in run_distributed(4, failing, "config", 1):
         assert line.startswith("rank 1 has NativeConfig(") and "rank 0 NativeConfig(" in line
