@@ -7,8 +7,13 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.config import RunConfig
+
+if TYPE_CHECKING:  # the command answers mistakes without torch
+    from launcher.preflight.verdict import Row
+    from launcher.runtime import Process
 
 
 class PreflightError(ValueError):
@@ -74,10 +79,10 @@ def _on_ranks(config: RunConfig, args: Namespace) -> int:
     return 0
 
 
-def examine(config: RunConfig, process, *, payload_bytes: int, slow: float, seconds: int) -> list:
+def examine(config: RunConfig, process: "Process", *, payload_bytes: int, slow: float, seconds: int) -> "list[Row]":
     """Every check, in the order in which one relies on another; all ranks together, the same rows on all.
 
-    process: `launcher.runtime.Process`. slow: share of the median speed below which a pair or group is bad. seconds: a
+    slow: share of the median speed below which a pair or group is bad. seconds: a
     collective that takes longer is answered with the ranks that give no sign of life (ExpertError).
     """
     import torch.distributed as dist
@@ -91,7 +96,7 @@ def examine(config: RunConfig, process, *, payload_bytes: int, slow: float, seco
     from launcher.preflight.verdict import Nodes
     from parallel.mesh import Groups, Mesh
 
-    hosts: list = [None] * process.world_size
+    hosts: list[str] = [""] * process.world_size
     dist.all_gather_object(hosts, host_name(process.rank, process.local_size, config))
     team = Team(process, Nodes(tuple(hosts)), payload_bytes, slow)
     timeout = timedelta(seconds=seconds)

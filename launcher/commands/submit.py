@@ -44,8 +44,8 @@ class Order:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the job."""
-        return self.config.parallel.world_size // self.tasks_per_node
+        """Nodes of the job; the planner refuses a last one that is not full."""
+        return -(-self.config.parallel.world_size // self.tasks_per_node)
 
     @property
     def gpus_per_node(self) -> int:
@@ -86,9 +86,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="the run, and cluster=h800 (or a YAML file)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and the script, write and submit nothing")
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
-    parser.add_argument(
-        "--time", metavar="TIME", help="limit, such as 2-00:00:00; then it saves and requeues"
-    )
+    parser.add_argument("--time", metavar="TIME", help="limit, such as 2-00:00:00; then it saves and requeues")
     parser.add_argument("--account", metavar="NAME")
     parser.add_argument("--qos", metavar="NAME")
     parser.add_argument("--sbatch", metavar="OPTION", action="append", default=[], help="more, as --sbatch=--comment=x")

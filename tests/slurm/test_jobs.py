@@ -62,7 +62,8 @@ def test_before_the_time_limit_it_requeues_and_a_cancelled_job_stays_ended(
     assert job.facts["Restarts"] == "1" and "by SIGUSR1" in job.log
     cluster.run("scancel", str(job.number))
     assert job.end() == "CANCELLED"
-    assert {step: loss for step, loss in job.losses.items() if step <= STEPS} == straight.losses
+    seen = {step: loss for step, loss in job.losses.items() if step <= STEPS}
+    assert len(seen) > 2 and seen == {step: straight.losses[step] for step in seen}
 
 
 def test_a_lost_node_is_replaced_unattended(cluster: Cluster, straight: Straight, tmp_path: Path) -> None:
@@ -91,9 +92,7 @@ def test_torchrun_on_two_nodes_saves_requeues_and_resumes(cluster: Cluster, stra
     assert job.losses == straight.losses
 
 
-def test_wrong_partition_and_gpu_count_are_one_line(
-    cluster: Cluster, prefix: str, tmp_path: Path
-) -> None:
+def test_wrong_partition_and_gpu_count_are_one_line(cluster: Cluster, prefix: str, tmp_path: Path) -> None:
     words = overrides(prefix, tmp_path / "run", steps=1)
     there = "there are main (4 nodes of 8 GPUs, no time limit), short (1 node of 8 GPUs, at most 5:00)"
 
@@ -104,16 +103,14 @@ def test_wrong_partition_and_gpu_count_are_one_line(
         return done.stderr.splitlines()
 
     assert submit("--partition", "nope") == [f"expertpipe: --partition nope: no such partition; {there}"]
-    layout = ["parallel.data=20", "train.global_batch_size=80", "train.device=auto"]
+    layout = ["parallel.data=40", "train.global_batch_size=80", "train.device=auto"]
     assert submit("--partition", "main", *layout) == [
         f"expertpipe: the run needs 5 nodes with 8 GPUs each, partition main does not have them; {there}"
     ]
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_number_of_tasks_and_arrays_start_no_task(
-    cluster: Cluster, prefix: str, tmp_path: Path
-) -> None:
+def test_wrong_number_of_tasks_and_arrays_start_no_task(cluster: Cluster, prefix: str, tmp_path: Path) -> None:
     words = overrides(prefix, tmp_path, steps=1)
     job = sbatch(cluster, "train", [*NODES_2X1, "--nodes=3"], words, tmp_path)
     assert job.end() == "FAILED"
