@@ -3,11 +3,13 @@
 The format and its reader are in data/index.py. `problems` is what a run asks before it starts.
 """
 
+import contextlib
 import json
+import logging
 import os
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +32,9 @@ from data.index import (
 )
 
 MANIFEST_FORMAT = 1
+VERIFY_BYTES = 256 << 20  # of newer files that a start reads by itself: a quarter of a second
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 _AGAIN = "copy the file again from its source or prepare the data again"
 
 
@@ -236,8 +240,9 @@ def problems(prefix: str | Path, vocab_size: int, sequence_length: int, *, hashe
     path = sibling(prefix, ".json")
     found = file_problems(prefix, manifest, hashes=hashes)
     if manifest.max_token_id >= vocab_size:
+        where = "" if found else _first_beyond(prefix, manifest, vocab_size)
         found.append(
-            f"{path}: the largest token id is {manifest.max_token_id}, the model's vocab_size is {vocab_size}; "
+            f"{path}: the largest token id is {manifest.max_token_id}{where}, the model's vocab_size is {vocab_size}; "
             f"set vocab_size to at least {manifest.max_token_id + 1} or prepare the data with a smaller vocabulary"
         )
     if manifest.num_tokens < sequence_length + 1:
@@ -248,14 +253,30 @@ def problems(prefix: str | Path, vocab_size: int, sequence_length: int, *, hashe
     return found
 
 
+def _first_beyond(prefix: str | Path, manifest: Manifest, vocab_size: int) -> str:
+    """Where the first id outside the vocabulary lies, in words; nothing for files too large to read at start."""
+    if sum(record.bytes for record in manifest.files.values()) > VERIFY_BYTES:
+        return ""
+    for file in open_shards(prefix, manifest).files:
+        beyond = np.flatnonzero(file.tokens >= vocab_size)
+        if len(beyond):
+            at = int(beyond[0])
+            return f" (first beyond: {int(file.tokens[at])} at byte {at * file.dtype.itemsize} of {file.prefix}.bin)"
+    return ""
+
+
 def file_problems(prefix: str | Path, manifest: Manifest, *, hashes: bool = False) -> list[str]:
     """Files that are missing, cut, changed or at odds with the manifest, one message each; see `problems`."""
     return changed_files(prefix, manifest, hashes=hashes) or open_shards(prefix, manifest, scan=hashes).problems
 
 
 def changed_files(prefix: str | Path, manifest: Manifest, *, hashes: bool = False) -> list[str]:
-    """Files whose size, time or (with hashes) content is not what PREFIX.json vouches for, one message each."""
-    found = []
+    """Files whose size, time or (with hashes) content is not what PREFIX.json vouches for, one message each.
+
+    Newer files of the right size, as a copy without times leaves them, are read at once if they are small, VERIFY_BYTES
+    together, and accepted with one line in the log where their content is right.
+    """
+    found, newer = [], []
     path = sibling(prefix, ".json")
     written_ns = path.stat().st_mtime_ns
     for name, record in manifest.files.items():
@@ -269,12 +290,34 @@ def changed_files(prefix: str | Path, manifest: Manifest, *, hashes: bool = Fals
             elif hashes and sha256_file(file) != record.sha256:
                 found.append(f"{file}: SHA-256 differs from its manifest; {_AGAIN}")
             elif not hashes and file.stat().st_mtime_ns > written_ns:
-                found.append(
-                    f"{file}: changed after its manifest was written; `expertpipe prepare --verify {prefix}` reads "
-                    "every byte and accepts the files if they still agree"
-                )
+                newer.append((file, record))
         except (TokenFileError, OSError) as error:
             found.append(str(error))
+    return found + _newer_files(path, prefix, newer, accepts=not found)
+
+
+def _newer_files(
+    path: Path, prefix: str | Path, newer: Sequence[tuple[Path, FileRecord]], *, accepts: bool
+) -> list[str]:
+    """See `changed_files`; accepts: nothing else is wrong, so the manifest at `path` may get a new time."""
+    total = sum(record.bytes for _, record in newer)
+    if total > VERIFY_BYTES:
+        return [
+            f"{file}: changed after its manifest was written; `expertpipe prepare --verify {prefix}` reads every byte "
+            "and accepts the files if they still agree"
+            for file, _ in newer
+        ]
+    found = [
+        f"{file}: changed after its manifest was written, and its SHA-256 differs; {_AGAIN}"
+        for file, record in newer
+        if sha256_file(file) != record.sha256
+    ]
+    if newer and accepts and not found:
+        _LOG.warning(
+            "%s: %d files newer than it, as after a copy: read and found equal (%d bytes)", path, len(newer), total
+        )
+        with contextlib.suppress(OSError):  # on storage that cannot be written they are read again at every start
+            os.utime(path)
     return found
 
 

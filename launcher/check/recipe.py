@@ -3,6 +3,7 @@
 Rules as in launcher/check/run.py: pure functions from the configuration to messages that name key, value and remedy.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -108,10 +109,29 @@ def check_predecessor(config: RunConfig) -> list[str]:
     path = Path(before)
     places = (path / "manifest.json", path / "latest", path / "checkpoints" / "latest")
     if any(place.exists() for place in places):
-        return []
+        return _same_windows(config, path)
     return [
         f"train.init_from={before}: no checkpoint there: train that run first, or use train.init_from= to begin with "
         "random weights"
+    ]
+
+
+def _same_windows(config: RunConfig, path: Path) -> list[str]:
+    """A run counts its samples from 0: what the one before began with must not come again, in the same order."""
+    pointer = next((p for p in (path / "latest", path / "checkpoints" / "latest") if p.exists()), None)
+    folder = path if pointer is None else pointer.parent / pointer.read_text().strip()
+    try:
+        data = json.loads((folder / "config.json").read_text())["data"]
+        prefixes = [data["prefix"], *(source["prefix"] for source in data["blend"])]
+        before = (prefixes, data["sequence_length"], data["seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # a checkpoint that cannot be read is told where it is loaded
+    mine = config.data
+    if before != ([*mine.prefixes], mine.sequence_length, mine.seed):
+        return []
+    return [
+        f"data.seed={mine.seed} and data.sequence_length={mine.sequence_length} are those of {path}, whose first "
+        f"samples would come again in the same order: use data.seed={mine.seed + 1}"
     ]
 
 

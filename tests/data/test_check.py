@@ -43,7 +43,8 @@ def test_all_problems_at_once(config, tmp_path):
     found = config_problems(bad, 99)
     for part in (
         "data: weight 0.0 of", "data.phases.0.from_tokens=50: not reached", "data.document_mask=true: ",
-        "a.json: the largest token id is 99, the model's vocab_size is 99", "a.json: 100 tokens, one window needs 101",
+        "a.json: the largest token id is 99 (first beyond: 99 at byte ", "the model's vocab_size is 99; set",
+        "a.json: 100 tokens, one window needs 101",
         "c.bin: byte 7: 7 bytes, its manifest says 200",
         f"b.json: tokenizer {'7' * 12}, {tmp_path}/a.json has {'0' * 12}",
     ):  # fmt: skip

@@ -107,3 +107,20 @@ def test_step_holds_the_same_samples_on_any_number_of_ranks(data_size, micro_bat
     ]
     assert all(len(part) == micro_batch_size for part in ids)
     assert np.array_equal(np.concatenate(ids), np.arange(consumed, consumed + per_step))
+
+
+def test_a_longer_context_with_another_seed_does_not_begin_where_pretraining_did():
+    """Samples of a run that goes on at another length: as many tokens in common as chance gives, and other cuts."""
+    total, first, longer = 1 << 24, 4096, 32768
+    seen = np.zeros(total, dtype=bool)
+    for start in Sampler(total, first, seed=0).starts(np.arange(800)):  # a fifth of an epoch
+        seen[start : start + first] = True
+    starts = Sampler(total, longer, seed=1).starts(np.arange(100))
+    common = np.mean([seen[start : start + longer].mean() for start in starts])
+    assert abs(common - seen.mean()) < 0.04 and 0.19 < seen.mean() < 0.21
+    cuts = {int(start) % first for start in Sampler(total, first, seed=0).starts(np.arange(10))}
+    assert not cuts & {int(start) % first for start in starts}
+    # the same length and seed would be the same beginning, which the config check refuses
+    assert np.array_equal(
+        Sampler(total, first, seed=0).starts(np.arange(9)), Sampler(total, first).starts(np.arange(9))
+    )

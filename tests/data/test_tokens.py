@@ -230,12 +230,21 @@ def test_problems_are_all_returned(tmp_path):
         [
             ("a.bin", "13 bytes", "12"),
             ("a.idx", "No such file"),
-            ("a.json", "10", "at least 11"),
+            ("a.json", "10, the model's", "at least 11"),
             ("a.json", "6 tokens", "7"),
         ],
         strict=True,
     ):
         assert all(part in message for part in parts)
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_byte(tmp_path, monkeypatch):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+    (message,) = problems(prefix, 8, 2)
+    assert f"a.json: the largest token id is 10 (first beyond: 8 at byte 6 of {prefix}.bin), the model's" in message
+    monkeypatch.setattr("data.tokens.VERIFY_BYTES", 0)
+    assert "the largest token id is 10, the model's vocab_size is 8" in problems(prefix, 8, 2)[0]
 
 
 def test_problems_behind_right_sizes(tmp_path):
@@ -254,7 +263,30 @@ def test_problems_behind_right_sizes(tmp_path):
     assert "magic" in problems(prefix, 16, 2)[0]
 
 
-def test_changed_since_its_manifest_until_accepted(tmp_path):
+def test_a_copy_with_new_times_is_read_if_it_is_small(tmp_path, caplog):
+    (tmp_path / "from").mkdir()
+    prefix = write(tmp_path / "from" / "a")
+    manifest_for(prefix).write(prefix)
+    to = tmp_path / "to"
+    to.mkdir()
+    for name in ("a.json", "a.bin", "a.idx"):  # as `cp -r` does, the manifest first
+        (to / name).write_bytes((tmp_path / "from" / name).read_bytes())
+        os.utime(to / name)
+    assert problems(to / "a", 16, 2) == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{to}/a.json: 2 files newer than it, as after a copy: read and found equal (114 bytes)"
+    ]
+    assert problems(to / "a", 16, 2) == [] and len(caplog.records) == 1  # once
+    raw = bytearray((to / "a.bin").read_bytes())
+    raw[0] ^= 1
+    (to / "a.bin").write_bytes(raw)
+    for _ in range(2):
+        (message,) = problems(to / "a", 16, 2)
+        assert message.startswith(f"{to}/a.bin: changed after its manifest was written, and its SHA-256 differs")
+
+
+def test_changed_since_its_manifest_until_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokens.VERIFY_BYTES", 11)  # more must be asked for
     prefix = write(tmp_path / "a")
     manifest_for(prefix).write(prefix)
     later = (tmp_path / "a.json").stat().st_mtime_ns + 1

@@ -63,6 +63,8 @@ def test_the_extensions_follow_the_report() -> None:
     assert (first.train.init_from, second.train.init_from) == ("runs/deepseek_v3", "runs/deepseek_v3_32k")
     assert compose(["experiment=deepseek_v3"]).run_dir == first.train.init_from
     assert first.run_dir == second.train.init_from
+    seeds = [compose([f"experiment=deepseek_v3{name}"]).data.seed for name in ("", "_32k", "_128k")]
+    assert len(set(seeds)) == 3  # no phase begins with windows of another, see tests/data/test_sampler.py
 
 
 def small(steps: int, ramp: tuple[Segment, ...] | int, phases: tuple[DataPhase, ...] = ()) -> RunConfig:

@@ -7,7 +7,7 @@ import pytest
 
 from data.tokens import Manifest
 from launcher.check.run import problems
-from launcher.config import compose
+from launcher.config import compose, to_dict
 from tests.data.test_check import source
 
 TINY = ["experiment=tiny", "train.device=cpu"]
@@ -83,6 +83,20 @@ def test_a_predecessor_must_have_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "before" / "checkpoints").mkdir(parents=True)
     (tmp_path / "before" / "checkpoints" / "latest").write_text("step-1\n")
     assert problems(compose(here), None) == []
+
+
+def test_a_run_does_not_begin_with_its_predecessors_samples(tmp_path: Path) -> None:
+    data = [f"data.prefix={source(tmp_path / 'a')}", "data.sequence_length=32"]
+    step = tmp_path / "before" / "checkpoints" / "step-1"
+    step.mkdir(parents=True)
+    (step.parent / "latest").write_text("step-1\n")
+    (step / "config.json").write_text(json.dumps(to_dict(compose([*TINY, *data]))))
+    here = [*TINY, *data, f"run_dir={tmp_path}/run"]
+    for before in (tmp_path / "before", step.parent):
+        (message,) = problems(compose([*here, f"train.init_from={before}"]), None)
+        assert message.startswith("data.seed=0 and data.sequence_length=32 are those of") and "data.seed=1" in message
+    for remedy in ("data.seed=1", "data.sequence_length=31"):
+        assert problems(compose([*here, f"train.init_from={tmp_path}/before", remedy]), None) == []
 
 
 def prepared(prefix: Path, **arguments: object) -> str:
