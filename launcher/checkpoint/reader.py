@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from launcher.build import Progress
-from launcher.checkpoint.files import FORMAT, INDEX, MANIFEST, CheckpointError, signed
+from launcher.checkpoint.files import FORMAT, INDEX, MANIFEST, CheckpointError, signed, step_name
 from launcher.checkpoint.tensor_file import FileRecord, file_record
 from launcher.config import RunConfig, from_dict
 
@@ -82,7 +82,11 @@ def verify(path: Path, *, share: int = 0, shares: int = 1) -> int:
     Raises CheckpointError that names the file. With shares > 1 every process takes one share of the files, and looks at
     no other.
     """
-    files = sorted(records_of(path, read_manifest(path)).items())
+    manifest = read_manifest(path)
+    files = sorted(records_of(path, manifest).items())
+    step = manifest.get("progress", {}).get("step")
+    if path.name.startswith("step-") and path.name != step_name(step if isinstance(step, int) else -1):
+        raise CheckpointError(f"{path} is of step {step}, its name of step {path.name[5:].lstrip('0') or 0}")
     for name, record in files[share::shares]:
         require_whole(path, name, record)
     return sum(record.bytes for _, record in files[share::shares])

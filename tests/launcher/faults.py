@@ -16,6 +16,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _die(config: RunConfig) -> None:
+    """SIGKILL to this process; when is in run_dir/killed."""
+    Path(config.run_dir, "killed").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _before_step(number: int, rank: int, act) -> None:  # type: ignore[no-untyped-def]
     """Call `act` on one rank just before its executor begins a step."""
     from parallel.pipeline.executor import Executor
@@ -36,9 +42,15 @@ def kill(argument: str, config: RunConfig) -> None:
     rank, seconds = argument.split(",")
 
     def act() -> None:
-        threading.Timer(float(seconds), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(float(seconds), _die, [config]).start()
 
     _before_step(1, int(rank), act)
+
+
+def kill_before(argument: str, config: RunConfig) -> None:
+    """kill_before:RANK,STEP: SIGKILL at the beginning of a step of this start, while the last save is under way."""
+    rank, step = map(int, argument.split(","))
+    _before_step(step, rank, lambda: _die(config))
 
 
 def kill_at(argument: str, config: RunConfig) -> None:
@@ -61,7 +73,7 @@ def kill_at(argument: str, config: RunConfig) -> None:
         def fatal(*args, **kwargs):  # type: ignore[no-untyped-def]
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                _die(config)
             return plain(*args, **kwargs)
 
         setattr(module, name, fatal)
@@ -129,6 +141,33 @@ def spike(argument: str, config: RunConfig) -> None:
         return plain(found, total, device)
 
     module.microbatch, module.global_norm = microbatch, global_norm
+
+
+def _change_loss(number: int, change) -> None:  # type: ignore[no-untyped-def]
+    """Of every micro-batch of one step of this start, on the ranks that have computed it; gradients stay."""
+    from parallel.pipeline.executor import Executor
+
+    plain, calls = Executor.step, [0]
+
+    def step(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        calls[0] += 1
+        losses = plain(self, *args, **kwargs)
+        if calls[0] != number:
+            return losses
+        return {key: replace(loss, main=change(loss.main)) for key, loss in losses.items()}
+
+    Executor.step = step
+
+
+def bad_loss(argument: str, config: RunConfig) -> None:
+    """bad_loss:STEP,VALUE: the losses of a step are `nan` or `inf`."""
+    step, value = argument.split(",")
+    _change_loss(int(step), lambda loss: torch.full_like(loss, float(value)))
+
+
+def loss_spike(argument: str, config: RunConfig) -> None:
+    """loss_spike:STEP: five nats more."""
+    _change_loss(int(argument), lambda loss: loss + 5)
 
 
 def other_seed(argument: str, config: RunConfig) -> RunConfig | None:

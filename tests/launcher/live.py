@@ -62,11 +62,12 @@ def live_config(folder: Path, prefix: str, *, steps: int, pipeline: int = 2, dat
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. seconds: of wall time."""
+    """How a run ended. seconds: of wall time; at: when, as the clock says."""
 
     code: int
     output: str
     seconds: float
+    at: float
 
 
 class Live:
@@ -93,7 +94,7 @@ class Live:
             self.process.kill()
             output, _ = self.process.communicate()
             raise AssertionError(f"the run did not end in {seconds} s:\n{output[-3000:]}") from None
-        return Ended(self.process.returncode, output, time.monotonic() - self.began)
+        return Ended(self.process.returncode, output, time.monotonic() - self.began, time.time())
 
     def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
         """Wait until something has happened; fails when the run ends before."""

@@ -11,7 +11,7 @@ from model.fp8.config import FP8Config
 from model.fp8.linear import FP8Layer
 from model.init import initialise
 from model.transformer import Transformer
-from tests.launcher.checkpoint.test_state import write_checkpoint
+from tests.launcher.checkpoint.states import write_checkpoint
 from tests.launcher.spine import MODEL
 
 

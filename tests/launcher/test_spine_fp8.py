@@ -22,7 +22,7 @@ from model.fp8.config import FP8Config
 from model.transformer import Transformer
 from tests.distributed import run_distributed
 from tests.launcher import spine
-from tests.launcher.checkpoint.test_state import VOCAB, prepared
+from tests.launcher.checkpoint.states import VOCAB, prepared
 from tests.launcher.spine import STEPS, assemble, config, parallel_trace, pieces, plain_trace, write_tokens
 
 EXACT = FP8Config(backend="oracle_exact", native=False)

@@ -19,7 +19,7 @@ from launcher.step import train_step
 from model.config import RopeScaling
 from optim.config import Segment
 from tests.distributed import run_distributed
-from tests.launcher.checkpoint.test_state import VOCAB, prepared
+from tests.launcher.checkpoint.states import VOCAB, prepared
 from tests.launcher.spine import config, parallel_trace, plain_trace, write_tokens
 from tests.launcher.test_spine import compare
 

@@ -8,7 +8,8 @@ import pytest
 from launcher.__main__ import main
 from launcher.checkpoint.commands import human_bytes
 from launcher.safety.run_lock import RunLock
-from tests.launcher.checkpoint.test_state import write_checkpoint
+from tests.launcher.checkpoint.damage import edit
+from tests.launcher.checkpoint.states import write_checkpoint
 from tests.model.reference import TINY, build
 
 
@@ -22,7 +23,9 @@ def run(made: Path, tmp_path: Path) -> Path:
     """Steps 1 to 6 of a run, a save that was cut off, and one set aside."""
     root = tmp_path / "checkpoints"
     for step in range(1, 7):
-        shutil.copytree(made, root / f"step-{step:08d}")
+        folder = root / f"step-{step:08d}"
+        shutil.copytree(made, folder)
+        edit(folder, lambda manifest, step=step: manifest["progress"].update(step=step))
     shutil.copytree(made, root / ".tmp-step-00000007")
     shutil.copytree(made, root / "aside-step-00000003-1")
     (root / "latest").write_text("step-00000006\n")

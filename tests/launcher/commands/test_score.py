@@ -18,7 +18,7 @@ from launcher.checkpoint.state import checkpoints_dir
 from launcher.commands.score import TOKENS_AT_ONCE
 from launcher.inference import InferenceError, heldout_nats, load_model
 from model.transformer import Transformer
-from tests.launcher.checkpoint.test_state import whole_config, write_checkpoint
+from tests.launcher.checkpoint.states import whole_config, write_checkpoint
 from tests.model.reference import TINY, build
 
 ROOT = Path(__file__).parents[3]

@@ -1,10 +1,9 @@
-"""Every fault that a run must survive, injected into real runs; prints a table of what was expected and seen.
+"""Every fault that a run must survive, injected into real runs; conftest.py prints what was expected and seen.
 
 After each fault the run is started again without it, and must end with the same losses and the same bytes in its last
 checkpoint as a run that nothing happened to.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -13,10 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,36 +23,16 @@ from launcher.checkpoint.reader import verify
 from launcher.config import RunConfig, to_dict
 from launcher.local import free_port
 from launcher.record.recorder import read, recorder_path
-from tests.launcher.checkpoint.test_state import crafted_pickle, edit, prepared
+from tests.launcher.checkpoint.damage import crafted_pickle, edit
+from tests.launcher.checkpoint.states import prepared
 from tests.launcher.live import RANK, ROOT, Ended, Live, live_config, losses, run, shards
+from tests.launcher.safety.conftest import Tell
 
 pytestmark = pytest.mark.exhaustive
 
 STEPS = 5
 NUM_KILLS = int(os.environ.get("EXPERTPIPE_KILLS", "20"))
 DEAD_RANK_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    fault: str
-    expected: str
-    seen: str
-
-
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
-    rows: list[Row] = []
-    yield rows
-    width = max((len(row.fault) for row in rows), default=0)
-    expected = max((len(row.expected) for row in rows), default=0)
-    lines = [f"{row.fault:<{width}}  {row.expected:<{expected}}  {row.seen}" for row in rows]
-    head = f"{'fault':<{width}}  {'expected':<{expected}}  seen"
-    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
-        print("\n\n" + "\n".join([head, *lines]))
 
 
 @dataclass(frozen=True)
@@ -103,7 +81,7 @@ PLACES = {"write": 12, "fsync": 10, "commit": 3, "rename": 3, "latest": 3, "veri
 
 
 @pytest.mark.parametrize("seed", range(NUM_KILLS))
-def test_sigkill_anywhere(straight: Straight, tmp_path: Path, table: list[Row], seed: int) -> None:
+def test_sigkill_anywhere(straight: Straight, tmp_path: Path, tell: Tell, seed: int) -> None:
     """At random points of step and save; what was committed stays whole, and the run goes on as if nothing had been."""
     draw = random.Random(seed)
     config = straight.again(tmp_path / "run", keep_checkpoints=2, checkpoint_async=draw.random() < 0.5)
@@ -118,12 +96,13 @@ def test_sigkill_anywhere(straight: Straight, tmp_path: Path, table: list[Row], 
     kept = committed(config)
     if ended.code != 0:  # else the run was over before
         assert ended.code == 1 and f"rank {rank} (pid " in ended.output and "SIGKILL" in ended.output, ended.output
+        assert ended.at - float((tmp_path / "run" / "killed").read_text()) <= DEAD_RANK_SECONDS
     assert_resumes_bitwise(straight, config)
     newest = kept[0].name if kept else "none"
-    table.append(Row(f"SIGKILL {fault}", "rank named, resume bitwise", f"exit {ended.code}, newest {newest}, bitwise"))
+    tell(f"SIGKILL {fault}", "rank named, resume bitwise", f"exit {ended.code}, newest {newest}, bitwise")
 
 
-def test_a_dead_rank_under_torchrun(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_a_dead_rank_under_torchrun(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     """Nobody of ours watches the processes there: the survivor itself must say who is gone, and leave."""
     config = straight.again(tmp_path / "run", steps=100_000, checkpoint_every=0)
     (tmp_path / "rank.py").write_text(RANK)
@@ -150,7 +129,7 @@ def test_a_dead_rank_under_torchrun(straight: Straight, tmp_path: Path, table: l
         process.communicate()
     assert f"rank 1 (pid {entry.pid} on {os.uname().nodename}) is dead, in step " in output, output[-3000:]
     assert seconds <= DEAD_RANK_SECONDS and process.returncode != 0
-    table.append(Row("SIGKILL under torchrun", "survivor names rank and action, <= 15 s", f"{seconds:.1f} s"))
+    tell("SIGKILL under torchrun", "survivor names rank and action, <= 15 s", f"{seconds:.1f} s")
 
 
 def at(name: str, change: Callable[[bytearray], None]) -> Callable[[Path], str]:
@@ -189,6 +168,19 @@ def older_shards(folder: Path) -> str:
     return "it says that it is of step"
 
 
+def older_manifest(folder: Path) -> str:
+    """Whole in itself, beside shards of the newer step."""
+    shutil.copyfile(folder.with_name(f"step-{STEPS - 2:08d}") / "manifest.json", folder / "manifest.json")
+    return "says that it is of step"
+
+
+def another_step_under_its_name(folder: Path) -> str:
+    """Every file whole, and of the step before."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name(f"step-{STEPS - 2:08d}"), folder)
+    return f"is of step {STEPS - 2}, its name of step {STEPS - 1}"
+
+
 def pickle_inside(folder: Path) -> str:
     (folder / "extra.pt").write_bytes(crafted_pickle(folder.parent.parent / "canary"))
     edit(folder, lambda manifest: manifest["files"].update({"extra.pt": {"bytes": 1, "xxh3_128": ""}}))
@@ -214,6 +206,8 @@ DAMAGES = {
     "bit flipped in the manifest": at("manifest.json", flip),
     "deleted shard": delete,
     "shard of another step": older_shards,
+    "manifest of another step": older_manifest,
+    "older checkpoint under a newer name": another_step_under_its_name,
     "crafted pickle": pickle_inside,
     "'..' in a name": parent_name,
     "symlink out of the folder": link_out,
@@ -221,7 +215,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_passed_over_aloud(straight: Straight, tmp_path: Path, table: list[Row], name: str) -> None:
+def test_damage_is_passed_over_aloud(straight: Straight, tmp_path: Path, tell: Tell, name: str) -> None:
     config = straight.again(tmp_path / "run")
     shutil.copytree(straight.config.run_dir, tmp_path / "run")
     root = tmp_path / "run" / "checkpoints"
@@ -232,10 +226,10 @@ def test_damage_is_passed_over_aloud(straight: Straight, tmp_path: Path, table: 
     assert f"{broken.name} is passed over: " in ended.output and said in ended.output, ended.output
     assert "now aside-" in ended.output and (root / f"aside-{broken.name}-1").is_dir()  # never deleted
     assert not (tmp_path / "run" / "canary").exists()
-    table.append(Row(name, "named, passed over, not deleted", "as expected, bitwise"))
+    tell(name, "named, passed over, not deleted", "as expected, bitwise")
 
 
-def test_nan_gradient_on_one_rank(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_nan_gradient_on_one_rank(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     config = straight.again(tmp_path / "run")
     name = "layers.1.self_attn.o_proj.weight"
     ended = run(config, f"nan_gradient:1,3,{name}")
@@ -244,19 +238,30 @@ def test_nan_gradient_on_one_rank(straight: Straight, tmp_path: Path, table: lis
     assert f"non-finite gradient {name}" in ended.output and "rank 0: first" not in ended.output
     assert committed(config)[0].name == "step-00000002"
     assert_resumes_bitwise(straight, config)
-    table.append(Row("NaN gradient on one rank", "rank, step, parameter; no update", "as expected, bitwise"))
+    tell("NaN gradient on one rank", "rank, step, parameter; no update", "as expected, bitwise")
 
 
-def test_configurations_that_differ(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_not_finite(straight: Straight, tmp_path: Path, tell: Tell, value: str) -> None:
+    config = straight.again(tmp_path / "run")
+    ended = run(config, f"bad_loss:3,{value}")
+    assert ended.code == 1
+    assert f"step 3: loss {value}, gradient norm " in ended.output and "nothing was updated" in ended.output
+    assert committed(config)[0].name == "step-00000002"
+    assert_resumes_bitwise(straight, config)
+    tell(f"loss {value}", "step, exit 1, no update", "as expected, bitwise")
+
+
+def test_configurations_that_differ(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     ended = run(straight.again(tmp_path / "run"), "other_seed:1")
     assert ended.code == 2
     assert "rank 1 was started differently: train.seed=1 (rank 0: 0)" in ended.output
-    table.append(Row("another seed on one rank", "rank and key, exit 2, before building", "as expected"))
+    tell("another seed on one rank", "rank and key, exit 2, before building", "as expected")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_for_a_restart(
-    straight: Straight, tmp_path: Path, table: list[Row], signum: signal.Signals
+    straight: Straight, tmp_path: Path, tell: Tell, signum: signal.Signals
 ) -> None:
     config = straight.again(tmp_path / "run")
     live = Live(config)
@@ -268,11 +273,11 @@ def test_a_signal_saves_and_asks_for_a_restart(
         assert f"by {signum.name}; start again to go on" in ended.output
     newest = committed(config)[0].name
     assert_resumes_bitwise(straight, config)
-    table.append(Row(f"{signum.name} to the launcher", "agreed step saved, exit 75", f"exit {ended.code}, {newest}"))
+    tell(f"{signum.name} to the launcher", "agreed step saved, exit 75", f"exit {ended.code}, {newest}")
 
 
 @pytest.mark.parametrize("fault", ["stop:1,3", "stuck:0,3"])
-def test_a_rank_that_hangs_is_named(straight: Straight, tmp_path: Path, table: list[Row], fault: str) -> None:
+def test_a_rank_that_hangs_is_named(straight: Straight, tmp_path: Path, tell: Tell, fault: str) -> None:
     config = straight.again(tmp_path / "run", silent_rank_seconds=8, stuck_seconds=10)
     ended = run(config, fault, seconds=100)
     assert ended.code == 75, ended.output
@@ -283,10 +288,10 @@ def test_a_rank_that_hangs_is_named(straight: Straight, tmp_path: Path, table: l
     stacks = [(tmp_path / "run" / "ranks" / f"rank{k}.stacks").read_text() for k in range(2)]
     assert all("most recent call first" in text for text in stacks)
     assert_resumes_bitwise(straight, config)
-    table.append(Row(f"hung rank ({fault})", "named, stacks of all, exit 75", f"in {ended.seconds:.0f} s, bitwise"))
+    tell(f"hung rank ({fault})", "named, stacks of all, exit 75", f"in {ended.seconds:.0f} s, bitwise")
 
 
-def test_a_save_that_fails_on_one_rank_ends_all(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_a_save_that_fails_on_one_rank_ends_all(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     config = straight.again(tmp_path / "run")
     ended = run(config, "no_space:1,3")
     assert ended.code == 1
@@ -294,11 +299,11 @@ def test_a_save_that_fails_on_one_rank_ends_all(straight: Straight, tmp_path: Pa
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
     assert committed(config)[0].name == "step-00000002"
     assert_resumes_bitwise(straight, config)
-    table.append(Row("write error on one rank", "rank and file on all ranks, nothing left", "as expected, bitwise"))
+    tell("write error on one rank", "rank and file on all ranks, nothing left", "as expected, bitwise")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system, which needs root")
-def test_a_full_disk(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_a_full_disk(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     """A file system of twice and a half the size of a checkpoint: the third does not fit."""
     size = sum(map(len, straight.last.values()))
     disk = tmp_path / "disk"
@@ -315,10 +320,10 @@ def test_a_full_disk(straight: Straight, tmp_path: Path, table: list[Row]) -> No
         assert_resumes_bitwise(straight, config)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    table.append(Row("disk full in mid-save", "told, half a save removed", f"newest {kept[0].name}, bitwise"))
+    tell("disk full in mid-save", "told, half a save removed", f"newest {kept[0].name}, bitwise")
 
 
-def test_a_second_job_in_the_folder(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_a_second_job_in_the_folder(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     config = straight.again(tmp_path / "run")
     live = Live(config, "stop:1,3")  # holds on to the lock for long enough
     live.until((tmp_path / "run" / "lock.json").exists)
@@ -327,11 +332,11 @@ def test_a_second_job_in_the_folder(straight: Straight, tmp_path: Path, table: l
     live.process.kill()
     live.process.communicate()
     assert_resumes_bitwise(straight, config)
-    table.append(Row("second job in one folder", "refused, first one named", "as expected, bitwise"))
+    tell("second job in one folder", "refused, first one named", "as expected, bitwise")
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
-def test_spikes(tmp_path: Path, straight: Straight, table: list[Row], policy: str) -> None:
+def test_spikes(tmp_path: Path, straight: Straight, tell: Tell, policy: str) -> None:
     config = straight.again(
         tmp_path / "run", steps=13, spike_policy=policy, spike_window=8, checkpoint_every=5, keep_checkpoints=9
     )
@@ -342,19 +347,27 @@ def test_spikes(tmp_path: Path, straight: Straight, table: list[Row], policy: st
     assert sorted(done) == list(range(1, 14))
     if policy == "rollback":
         assert "went back to step-00000010; 2 samples are left out" in ended.output
-    table.append(Row(f"gradient spike, policy {policy}", "told, the policy followed", "as expected"))
+    tell(f"gradient spike, policy {policy}", "told, the policy followed", "as expected")
 
 
-def test_the_data_are_used_up(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_a_loss_spike_is_skipped(tmp_path: Path, straight: Straight, tell: Tell) -> None:
+    config = straight.again(tmp_path / "run", steps=10, spike_policy="skip", spike_window=8, checkpoint_every=0)
+    ended = run(config, "loss_spike:10")
+    assert ended.code == 0 and "spike in step 10: loss " in ended.output and "batch skipped" in ended.output
+    assert losses(tmp_path / "run")[10] > losses(tmp_path / "run")[9] + 3
+    tell("loss spike, policy skip", "told, the policy followed", "as expected")
+
+
+def test_the_data_are_used_up(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     config = straight.again(tmp_path / "run", steps=10_000, max_epochs=1, checkpoint_every=0)
     ended = run(config)
     assert ended.code == 0 and "the data is used up after step" in ended.output, ended.output
     (newest,) = committed(config)
     assert int(newest.name[5:]) == max(losses(tmp_path / "run"))
-    table.append(Row("data exhausted", "saved, exit 0", f"{newest.name}, exit 0"))
+    tell("data exhausted", "saved, exit 0", f"{newest.name}, exit 0")
 
 
-def test_secrets_stay_out_of_every_file(straight: Straight, tmp_path: Path, table: list[Row]) -> None:
+def test_secrets_stay_out_of_every_file(straight: Straight, tmp_path: Path, tell: Tell) -> None:
     secret = "k3y-that-nobody-may-see"
     config = straight.again(tmp_path / "run", silent_rank_seconds=8)
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
@@ -362,4 +375,4 @@ def test_secrets_stay_out_of_every_file(straight: Straight, tmp_path: Path, tabl
     assert ended.code == 75 and secret not in ended.output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 8 and not [path for path in files if secret.encode() in path.read_bytes()]
-    table.append(Row("secrets in the environment", "in no log, config, checkpoint, stack", f"{len(files)} files"))
+    tell("secrets in the environment", "in no log, config, checkpoint, stack", f"{len(files)} files")
