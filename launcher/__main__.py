@@ -117,7 +117,9 @@ def _train(argv: list[str]) -> int:
 def _score(argv: list[str]) -> int:
     parser = _parser("score", "Loss in nats per token of each given sequence.")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, required=True, help=".npy of token ids [num_sequences, S]")
+    parser.add_argument(
+        "--tokens", type=Path, required=True, help=".npy of ids [num_sequences, S], or the PREFIX of a prepared set"
+    )
     parser.add_argument("--ema", action="store_true", help="under the average of the weights (optim.ema_decay)")
     parser.add_argument("--logits", type=Path, help="write the logits there, .npy float32 [num_sequences, S, vocab]")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

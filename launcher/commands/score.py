@@ -1,14 +1,31 @@
-"""`expertpipe score`: the loss of given token sequences under a checkpoint, and its logits if wanted."""
+"""`expertpipe score`: the loss of given token sequences under a checkpoint, and its logits if wanted.
+
+With --json one object on one line, whose keys are
+
+    losses            nats a predicted token of each sequence (of an .npy file)
+    mean              their mean; of a prepared set the mean over all of its predicted tokens
+    bits_per_byte     the same loss in bits for each UTF-8 byte of the text that the predicted tokens stand for, by the
+                      tokenizer in the checkpoint; special tokens stand for no text; null where note says why
+    text_bytes, note  those bytes; why there are none, else null
+    num_tokens        predicted tokens
+    num_sequences, sequence_length, checkpoint, ema
+"""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from launcher.checkpoint.state import Reader, find
-from launcher.inference import default_device, load_model, normed_states, token_losses
+from data.baselines import bits_per_byte
+from data.token_bytes import token_bytes
+from data.tokenizer_file import TokenizerError
+from data.tokens import Manifest, TokenFile, sha256_file, sibling
+from launcher.checkpoint.state import TOKENIZER, Reader, find
+from launcher.inference import default_device, heldout_nats, load_model, normed_states, token_losses
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -26,33 +43,86 @@ def score(
 ) -> int:
     """Print the mean loss of each sequence in nats per predicted token (S - 1 of them); the exit code.
 
-    tokens: .npy of integer ids [num_sequences, S]. logits: file to write the logits to, .npy FP32
-    [num_sequences, S, vocab]. as_json: one JSON object on one line. The arithmetic is in the precision of the
-    checkpoint's run. Raises ScoreError for ids that do not fit and CheckpointError for a bad checkpoint.
+    tokens: .npy of integer ids [num_sequences, S], or the PREFIX of a prepared set, all of which is scored in windows
+    of the run's sequence length. logits: file to write the logits to, .npy FP32 [num_sequences, S, vocab]. as_json: one
+    JSON object on one line, see above. The arithmetic is in the precision of the checkpoint's run. Raises ScoreError
+    for ids that do not fit and CheckpointError for a bad checkpoint.
     """
     found = find(checkpoint)
+    if sibling(tokens, ".idx").exists():
+        return _score_set(found, tokens, logits=logits, as_json=as_json, ema=ema)
     ids_NS = read_ids(tokens)
     check_ids(ids_NS, Reader(found, verify=False).config.model, tokens)
     model = load_model(found, device=default_device(), ema=ema)
     losses_N = score_ids(model, ids_NS, logits)
     num_sequences, sequence_length = ids_NS.shape
-    mean = float(losses_N.mean())
+    mean, num_tokens = float(losses_N.mean()), num_sequences * (sequence_length - 1)
+    text = _text_of(found, ids_NS[:, 1:])
     if as_json:
-        result = {
-            "losses": losses_N.tolist(),
-            "mean": mean,
-            "num_sequences": num_sequences,
-            "sequence_length": sequence_length,
-            "checkpoint": str(found),
-            "ema": ema,
-        }
-        print(json.dumps(result))
+        result = {"losses": losses_N.tolist(), "mean": mean} | text.fields(mean, num_tokens)
+        result |= {"num_sequences": num_sequences, "sequence_length": sequence_length}
+        print(json.dumps(result | {"checkpoint": str(found), "ema": ema}))
         return 0
     print(f"{found}: {num_sequences} sequences of {sequence_length} tokens\n")
     print("sequence  nats/token")
     for number, loss in enumerate(losses_N):
         print(f"{number:8d}  {loss:10.6f}")
-    print(f"    mean  {mean:10.6f}")
+    print(f"    mean  {mean:10.6f}   {text.line(mean, num_tokens)}")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Text:
+    """UTF-8 bytes that the predicted tokens stand for; note: why that is not known."""
+
+    text_bytes: int | None
+    note: str | None = None
+
+    def fields(self, nats: float, num_tokens: int) -> dict[str, Any]:
+        """Of the JSON object."""
+        size = self.text_bytes
+        per_byte = None if size is None else bits_per_byte(nats, num_tokens=num_tokens, text_bytes=size)
+        return {"bits_per_byte": per_byte, "text_bytes": size, "note": self.note, "num_tokens": num_tokens}
+
+    def line(self, nats: float, num_tokens: int) -> str:
+        """For people."""
+        per_byte = self.fields(nats, num_tokens)["bits_per_byte"]
+        return f"bits a byte: not known, {self.note}" if per_byte is None else f"{per_byte:.4f} bits a byte"
+
+
+def _text_of(checkpoint: Path, ids: np.ndarray) -> _Text:
+    path = checkpoint / TOKENIZER
+    if not path.exists():
+        return _Text(None, f"no {TOKENIZER} in the checkpoint")
+    try:
+        sizes = token_bytes(path)
+    except TokenizerError as error:
+        return _Text(None, str(error))
+    if ids.max() >= len(sizes):
+        return _Text(None, f"id {ids.max()} is none of the {len(sizes)} of the checkpoint's tokenizer")
+    total = int(sizes[ids].sum())
+    return _Text(total) if total else _Text(None, "the predicted tokens stand for no text")
+
+
+def _score_set(found: Path, prefix: Path, *, logits: Path | None, as_json: bool, ema: bool) -> int:
+    """`score` of a prepared set: every token but the first is predicted once."""
+    if logits is not None:
+        raise ScoreError(f"--logits={logits}: logits of a whole prepared set are not written: give an .npy file")
+    config = Reader(found, verify=False).config
+    tokenizer = found / TOKENIZER
+    known = sibling(prefix, ".json").exists() and tokenizer.exists()
+    if known and Manifest.read(prefix).tokenizer_sha256 != sha256_file(tokenizer):
+        raise ScoreError(f"{prefix}.json: another tokenizer than {tokenizer}: score text prepared with the run's own")
+    length = config.data.sequence_length
+    model = load_model(found, device=default_device(), ema=ema)
+    nats, predicted = heldout_nats(model, prefix, length, max(1, TOKENS_AT_ONCE // length))
+    text = _text_of(found, np.asarray(TokenFile(prefix).tokens[1:]))
+    if as_json:
+        result = {"mean": nats} | text.fields(nats, predicted) | {"sequence_length": length}
+        print(json.dumps(result | {"num_sequences": -(-predicted // length), "checkpoint": str(found), "ema": ema}))
+        return 0
+    print(f"{found}: {predicted} tokens of {prefix}, windows of {length}\n")
+    print(f"{nats:.6f} nats a token   {text.line(nats, predicted)}")
     return 0
 
 

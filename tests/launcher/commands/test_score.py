@@ -12,15 +12,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.tokens import TokenWriter
+from data.corpus import Document
+from data.prepare import prepare
+from data.token_bytes import token_bytes
+from data.tokenizer_file import load_tokenizer
+from data.tokens import TokenFile, TokenWriter
 from launcher.__main__ import main
-from launcher.checkpoint.state import checkpoints_dir
+from launcher.checkpoint.state import Reader, checkpoints_dir
 from launcher.commands.score import TOKENS_AT_ONCE
 from launcher.inference import InferenceError, heldout_nats, load_model
 from model.transformer import Transformer
 from tests.launcher.checkpoint.states import whole_config, write_checkpoint
 from tests.model.reference import TINY, build
 
+KEYS = {
+    "mean", "bits_per_byte", "text_bytes", "note", "num_tokens", "num_sequences", "sequence_length", "checkpoint",
+    "ema",
+}  # fmt: skip
 ROOT = Path(__file__).parents[3]
 
 
@@ -67,7 +75,9 @@ def test_losses_and_logits_equal_a_direct_computation(
     assert np.abs(logits - expected.numpy()).max() < 2e-5
     losses = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     per_sequence = losses.view(len(ids), -1).double().mean(1)
-    assert scored.keys() == {"losses", "mean", "num_sequences", "sequence_length", "checkpoint", "ema"}
+    assert scored.keys() == {"losses", *KEYS}
+    assert (scored["bits_per_byte"], scored["note"]) == (None, "no tokenizer.json in the checkpoint")
+    assert scored["num_tokens"] == ids[:, 1:].size
     assert np.abs(np.array(scored["losses"]) - per_sequence.numpy()).max() < 2e-6
     assert abs(scored["mean"] - per_sequence.mean().item()) < 1e-6
     assert (scored["num_sequences"], scored["sequence_length"]) == ids.shape
@@ -166,3 +176,44 @@ def test_ema_reaches_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags in ([], ["--ema"]):
         assert main(["score", "--checkpoint", "a", "--tokens", "b.npy", *flags]) == 0
     assert [arguments["ema"] for arguments in taken] == [False, True]
+
+
+def test_bits_per_byte_by_the_checkpoints_tokenizer(
+    model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prepared set: all of it, in windows; the bytes are its manifest's but for the first token's."""
+    texts = [f"document {i}: the router picks {i * i} experts\n" * (1 + i % 3) for i in range(60)]
+    done = prepare(
+        corpus=[Document("made up", f"{i}", text) for i, text in enumerate(texts)], out_dir=tmp_path / "data",
+        vocab_size=300, heldout_fraction=0.3,
+    )  # fmt: skip
+    write_checkpoint(model, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step-00000007"
+    (step / "tokenizer.json").write_bytes(done.tokenizer_path.read_bytes())
+    config = Reader(step, verify=False).config
+    assert main(["score", "--checkpoint", str(step), "--tokens", done.heldout_prefix, "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored.keys() == KEYS
+    nats, predicted = heldout_nats(load_model(step), done.heldout_prefix, config.data.sequence_length, 4)
+    first = token_bytes(done.tokenizer_path)[TokenFile(done.heldout_prefix).tokens[0]]
+    assert scored["text_bytes"] == done.heldout.text_bytes - first
+    assert scored["mean"] == pytest.approx(nats, rel=1e-6) and scored["num_tokens"] == predicted
+    assert scored["bits_per_byte"] == pytest.approx(nats * predicted / np.log(2) / scored["text_bytes"])
+
+    ids = np.asarray(TokenFile(done.heldout_prefix).tokens[:80]).reshape(4, 20)
+    np.save(tmp_path / "ids.npy", ids)
+    assert main(["score", "--checkpoint", str(step), "--tokens", str(tmp_path / "ids.npy"), "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    decoded = load_tokenizer(done.tokenizer_path)
+    pieces = [decoded.decode([token], skip_special_tokens=True) for token in ids[:, 1:].flatten().tolist()]
+    assert scored["text_bytes"] == sum(len(piece.encode()) for piece in pieces)  # ASCII: every token is a text
+    assert scored["bits_per_byte"] == pytest.approx(scored["mean"] * 76 / np.log(2) / scored["text_bytes"])
+    assert main(["score", "--checkpoint", str(step), "--tokens", str(tmp_path / "ids.npy")]) == 0
+    assert f"{scored['bits_per_byte']:.4f} bits a byte" in capsys.readouterr().out
+
+    np.save(tmp_path / "ids.npy", np.array([[1, 500]]))
+    assert main(["score", "--checkpoint", str(step), "--tokens", str(tmp_path / "ids.npy"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["note"].startswith("id 500 is none of the")
+    (step / "tokenizer.json").write_text("{}")
+    assert main(["score", "--checkpoint", str(step), "--tokens", done.heldout_prefix]) == 2
+    assert "another tokenizer than" in capsys.readouterr().err
