@@ -1,22 +1,27 @@
 """`parallel.schedule=auto` for a run: what its stages cost and hold, the choice made from that, and the run it gives.
 
 Costs are relative: the weights that a token uses (`parallel.pipeline.split`), forward, input gradient and weight
-gradient alike, and all-to-all as the configuration says. Bytes of weights are exact, of activations an estimate from
-the model's dimensions. The same configuration gives the same choice on every rank. No torch.
+gradient alike, and all-to-all as the configuration says; on a given cluster they are the planner's seconds. What is
+compared is the time of their phases under the run's own overlap. Bytes of weights are exact, of activations an
+estimate from the model's dimensions. The same configuration gives the same choice on every rank. No torch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.config import ConfigError, RunConfig
 from model.config import ModelConfig
 from model.counts import block_shapes
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.auto import Choice, Fits, choose
+from parallel.pipeline.auto import Choice, Fits, Phases, choose
+from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.placement import copies
 from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.simulate import Costs, Memory
 from parallel.pipeline.split import end_cost, layer_costs, split_layers, stage_costs
+
+PhaseCostsOf = Callable[[Schedule], PhaseCosts]
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -28,8 +33,11 @@ def resolved(config: RunConfig) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, schedule=best.name, stages_per_rank=per_rank))
 
 
-def choice(config: RunConfig) -> Choice:
-    """Every schedule simulated for the run; ConfigError if none fits its memory."""
+def choice(config: RunConfig, *, phases: Phases | None = None) -> Choice:
+    """Every schedule simulated for the run; ConfigError if none fits its memory.
+
+    phases: such as `on_cluster`, instead of the relative ones.
+    """
     parallel = config.parallel
     given = parallel.layers_per_stage
     limit = parallel.memory_gib
@@ -45,6 +53,7 @@ def choice(config: RunConfig) -> Choice:
             fits=fits,
             costs_of=lambda schedule: costs_of(config, schedule),
             memory_of=lambda schedule: memory_of(config, schedule),
+            phases=phases or Phases(lambda schedule: phase_costs_of(config, schedule), level_of(config)),
         )
     except ScheduleError as error:
         key = "" if limit is None else f" with parallel.memory_gib={limit:g}"
@@ -65,6 +74,76 @@ def costs_of(config: RunConfig, schedule: Schedule) -> Costs:
     return Costs(
         work, work, work, forward_comm=travel, input_grad_comm=travel, hidden=hidden, pair_hidden=pair_hidden
     )  # fmt: skip
+
+
+def level_of(config: RunConfig) -> str:
+    """Overlap that the run has: without expert parallelism there is nothing to hide."""
+    return config.parallel.overlap if config.parallel.expert > 1 else "off"
+
+
+def phase_costs_of(config: RunConfig, schedule: Schedule) -> PhaseCosts:
+    """Phases of each stage in the unit of `costs_of`, to whose sums they add up.
+
+    A MoE layer is a link, its shares of computation those of its weights; dense layers, head and MTP are the stage's
+    end. Dispatch and combine are alike.
+    """
+    model, parallel = config.model, config.parallel
+    stages = split_layers(model, schedule.num_stages, parallel.layers_per_stage, placement=schedule.placement)
+    costs = costs_of(config, schedule)
+    moe = [sum(model.is_moe(i) for i in stage) for stage in stages]
+    if parallel.expert == 1 or not any(moe):
+        return PhaseCosts(LayerCosts.even(0.0, 0.0), 0, costs.forward, costs.forward, costs.forward)
+    assert isinstance(costs.forward, tuple) and isinstance(costs.forward_comm, tuple)
+    layers = layer_costs(model)
+    unit = (sum(layers) + end_cost(model)) / schedule.num_ranks
+    whole = layers[next(i for i in range(len(layers)) if model.is_moe(i))] / unit
+    attend, shared = _shares(model)
+    layer = LayerCosts.even(whole, sum(costs.forward_comm) / sum(moe), attend=attend, shared=shared)
+    end = tuple(work - number * whole for work, number in zip(costs.forward, moe, strict=True))
+    return PhaseCosts(layer, tuple(moe), end, end, end)
+
+
+def _shares(model: ModelConfig) -> tuple[float, float]:
+    """Of a MoE layer's computation: attention with router and norms, and shared experts."""
+    total = attend = shared = 0.0
+    for name, shape in block_shapes(model, moe=True):
+        used = model.num_experts_per_tok / model.n_routed_experts if ".experts." in name else 1.0
+        size = math.prod(shape) * used
+        total += size
+        shared += size * (".shared_experts." in name)
+        attend += size * (".experts." not in name and ".shared_experts." not in name)
+    return attend / total, shared / total
+
+
+def on_cluster(config: RunConfig, name: str) -> PhaseCostsOf:
+    """The planner's seconds of every phase on a cluster, such as h800; HardwareError if there is none of that name.
+
+    Where chunks alone hide their transfers too, these take their share of SMs and bandwidth from them as in a pair.
+    """
+    from launcher.plan.inputs import hardware_of, shipped
+    from parallel.plan.cost import price
+    from parallel.plan.job import Job
+
+    train = config.train
+    job = Job(
+        model=config.model,
+        parallel=config.parallel,
+        hardware=hardware_of(name),
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=config.num_microbatches * train.micro_batch_size * config.parallel.data,
+        precision=train.precision,
+        tokens=0.0,  # of the whole run, which is not asked for
+        moments_bytes=2 if config.optim.moments == "bf16" else 4,
+        fp8=config.fp8,
+        calibration=shipped(),
+    )
+
+    def costs(schedule: Schedule) -> PhaseCosts:
+        found = price(schedule, job.stages(schedule), job.shape(), job.hardware, job.calibration)
+        return replace(found, single=frozenset()) if level_of(config) == "all" else found
+
+    return costs
 
 
 def memory_of(config: RunConfig, schedule: Schedule) -> Memory:

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from launcher.bench import pipeline_model
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.auto import Fits, choose
+from parallel.pipeline.auto import Fits, Phases, choose
 from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.schedules import build
 from parallel.pipeline.simulate import Costs, simulate
@@ -65,7 +65,8 @@ def schedule_of(case: Case) -> Schedule:
             num_ranks=case.ranks,
             num_microbatches=case.microbatches,
             fits=Fits(num_layers=4 * case.ranks),
-            costs_of=lambda schedule: Costs(*[2 * case.ranks / schedule.num_stages] * 3),
+            costs_of=lambda schedule: Costs(*[_stage_seconds(case, schedule.num_stages)] * 3),
+            phases=Phases(lambda schedule: costs_of(case, schedule.num_stages), case.overlap),
         ).best
         name, per_rank = best.name, best.stages_per_rank if best.name == "interleaved" else None
     return build(name, num_ranks=case.ranks, num_microbatches=case.microbatches, stages_per_rank=per_rank)

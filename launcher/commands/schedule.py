@@ -11,12 +11,14 @@ from launcher.config import RunConfig
 from launcher.show.schedule_picture import Rows, spans, ways
 from launcher.show.timeline import Ways, timeline, timeline_text
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.auto import Choice, Fits, choose
+from parallel.pipeline.auto import Choice, Fits, Phases, choose
 from parallel.pipeline.check import Peaks, check
 from parallel.pipeline.csv_format import write
+from parallel.pipeline.phase_costs import PhaseCosts
 from parallel.pipeline.placement import shape
 from parallel.pipeline.schedules import SCHEDULES, build
 from parallel.pipeline.simulate import Costs, StepCosts, Timed, Timeline, simulate
+from parallel.pipeline.simulate_phases import simulate_phases
 
 COST_KEYS = {
     "F": "forward", "I": "input_grad", "W": "weight_grad", "message": "message", "F_comm": "forward_comm",
@@ -66,8 +68,9 @@ def schedule_command(argv: list[str]) -> int:
     config = _config(args)
     _complete(args, config)
     costs_of = _costs_of(args, config)
+    phases = _phases(args, config, costs_of)
     if args.name == "auto":
-        choice = _choice(args, config, costs_of)
+        choice = _choice(args, config, costs_of, phases)
         print("\n".join(choice.why()), end="\n\n")
         args.name = choice.best.name
         args.stages_per_rank = choice.best.stages_per_rank if choice.best.name == "interleaved" else None
@@ -80,7 +83,12 @@ def schedule_command(argv: list[str]) -> int:
     peaks = check(schedule)
     measured = _measured(args, schedule)
     costs = _plan_costs(args, costs_of(schedule), measured)
-    found = simulate(schedule, costs) if args.overlap is None else _simulate_phases(args, schedule, costs)
+    if phases is None or (measured is not None and args.overlap is None):
+        found = simulate(schedule, costs)
+    elif measured is not None:  # phases of a run's own medians
+        found = simulate_phases(schedule, _split_up(costs, args.overlap), level=phases.level)
+    else:
+        found = simulate_phases(schedule, phases.costs_of(schedule), level=phases.level)
     for text in _summary(schedule, found, peaks, measured):
         print(text)
     picture = _picture(schedule, found, measured)
@@ -110,9 +118,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--overlap",
         choices=("off", "pairs", "all"),
-        help="simulate phase by phase, as parallel.overlap would run it: one layer a stage, half of its computation "
-        "attention and a tenth the shared expert",
+        help="simulate phase by phase, as parallel.overlap would run it; with --costs one layer a stage, half of its "
+        "computation attention and a tenth the shared expert (default for a run: its own overlap)",
     )
+    parser.add_argument("--cluster", metavar="NAME", help="price a run in the planner's seconds on h800, h100, ...")
     parser.add_argument("--layers", type=int, metavar="L", help="of the model: auto gives each stage at least one")
     parser.add_argument("--png", type=Path, metavar="FILE", help="a picture")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page: hover shows an action, the wheel zooms")
@@ -201,16 +210,38 @@ def parse_costs(text: str) -> Costs:
     return replace(Costs(), **given)  # type: ignore[arg-type]
 
 
-def _choice(args: Namespace, config: RunConfig | None, costs_of: Callable[[Schedule], StepCosts]) -> Choice:
+def _phases(args: Namespace, config: RunConfig | None, costs_of: Callable[[Schedule], StepCosts]) -> Phases | None:
+    """The phases to simulate: a run's, under its own overlap; of --costs only where --overlap asks for it."""
+    if config is not None and args.costs is None:
+        from launcher import schedule_choice
+
+        level = args.overlap or schedule_choice.level_of(config)
+        if args.cluster:
+            return Phases(schedule_choice.on_cluster(config, args.cluster), level)
+        return Phases(lambda schedule: schedule_choice.phase_costs_of(config, schedule), level)
+    if args.cluster:
+        raise RequestError(f"--cluster={args.cluster} prices a run: name one, such as experiment=tiny, and no --costs")
+    if args.overlap is None:
+        return None
+    return Phases(lambda schedule: _split_up(costs_of(schedule), args.overlap), args.overlap)
+
+
+def _choice(
+    args: Namespace, config: RunConfig | None, costs_of: Callable[[Schedule], StepCosts], phases: Phases | None
+) -> Choice:
     if config is not None and args.costs is None:
         from launcher.schedule_choice import choice
 
-        return choice(config)
+        return choice(config, phases=phases)
     layers = args.layers or 8 * args.pipeline
     if layers < args.pipeline:
         raise RequestError(f"--layers={layers} is fewer than --pipeline={args.pipeline}: each rank needs a layer")
     return choose(
-        num_ranks=args.pipeline, num_microbatches=args.microbatches, fits=Fits(num_layers=layers), costs_of=costs_of
+        num_ranks=args.pipeline,
+        num_microbatches=args.microbatches,
+        fits=Fits(num_layers=layers),
+        costs_of=costs_of,
+        phases=phases,
     )
 
 
@@ -234,20 +265,17 @@ def _plan_costs(args: Namespace, costs: StepCosts, measured: Measured | None) ->
     return MeasuredCosts.of_rows(measured)
 
 
-def _simulate_phases(args: Namespace, schedule: Schedule, costs: StepCosts) -> Timeline:
-    from parallel.pipeline.phase_costs import PhaseCosts
-    from parallel.pipeline.simulate_phases import simulate_phases
-
+def _split_up(costs: StepCosts, level: str) -> PhaseCosts:
+    """The phases of stages of which only the whole is known."""
     shares = isinstance(costs, Costs) and (costs.hidden, costs.pair_hidden, costs.overlap) == (0.0, 1.0, 0.0)
     if not isinstance(costs, Costs) or not shares:
         raise RequestError(
             "--overlap finds what is hidden by itself: leave hidden, pair_hidden and overlap out of --costs"
         )
     try:
-        phase_costs = PhaseCosts.of_stage_costs(costs)
+        return PhaseCosts.of_stage_costs(costs)
     except ValueError as error:
-        raise RequestError(f"--overlap={args.overlap}: {error}") from error
-    return simulate_phases(schedule, phase_costs, level=args.overlap)
+        raise RequestError(f"--overlap={level}: {error}") from error
 
 
 def _summary(schedule: Schedule, found: Timeline, peaks: Peaks, measured: Measured | None) -> list[str]:

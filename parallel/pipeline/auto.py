@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, Schedule
 from parallel.pipeline.check import check
+from parallel.pipeline.phase_costs import PhaseCosts
 from parallel.pipeline.placement import copies
 from parallel.pipeline.schedules import SCHEDULES, ScheduleError, build, stages_per_rank_of
 from parallel.pipeline.simulate import Memory, StepCosts, peak_bytes, simulate
+from parallel.pipeline.simulate_phases import simulate_phases
 
 MOST_STAGES_PER_RANK = 4  # of interleaved; more stages mean more messages than a simulation without contention sees
 _TIE = 1e-9  # relative
@@ -31,6 +33,14 @@ class Fits:
     live: float | None = None
     bytes: float | None = None
     max_copies: int = 2
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of the stages of a given schedule, and the overlap level at which they run: what the executor does."""
+
+    costs_of: Callable[[Schedule], PhaseCosts]
+    level: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Choice:
                 continue
             line = f"{c.label:<14}{c.makespan:9.4g}{c.makespan / shortest:8.3f}{c.bubble:8.1%}{c.uneven:8.2f}"
             line += f"{c.peak_live:6.3g}{c.copies:8}" + (f"{(c.peak_bytes or 0) / 2**30:8.1f}" if with_bytes else "")
-            lines.append(line + ("  chosen" if c is self.best else "") + ("  rejected" if c.rejected else ""))
+            lines.append(line + ("  chosen" if c is self.best else ""))
         lines += [f"{c.label}: {c.rejected}" for c in self.candidates if c.rejected]
         return [*lines, *textwrap.wrap(self.reason(), 80)]
 
@@ -91,7 +101,11 @@ class Choice:
         second = rivals[0]
         assert best.makespan is not None and second.makespan is not None
         if second.makespan - best.makespan <= _TIE * best.makespan:
-            return f"{best.label} ties with {second.label} and has fewer copies of weights or live activations"
+            text = f"{best.label} ties with {second.label} and has fewer copies of weights or live activations"
+            slower = [c for c in rivals if (c.makespan or 0.0) - best.makespan > _TIE * best.makespan]
+            if slower and slower[0].makespan is not None:
+                text += f"; {slower[0].label} takes {slower[0].makespan / best.makespan - 1:.1%} longer"
+            return text
         gain = second.makespan / best.makespan - 1
         text = f"{best.label} is the fastest, {gain:.1%} before {second.label}"
         if best.copies == 2 and second.copies == 1:
@@ -109,13 +123,15 @@ def choose(
     fits: Fits,
     costs_of: Callable[[Schedule], StepCosts],
     memory_of: Callable[[Schedule], Memory] | None = None,
+    phases: Phases | None = None,
 ) -> Choice:
     """The fastest schedule that fits; ties go to fewer copies of weights, then to fewer live activations.
 
-    costs_of, memory_of: for the stages of a given schedule. ScheduleError if nothing fits.
+    costs_of, memory_of: for the stages of a given schedule. phases: price the phases, with pairs and halves, instead of
+    whole steps; costs_of then only says how even the stages are. ScheduleError if nothing fits.
     """
     found = [
-        _judge(name, per_rank, num_ranks, num_microbatches, fits, costs_of, memory_of)
+        _judge(name, per_rank, num_ranks, num_microbatches, fits, costs_of, memory_of, phases)
         for name, per_rank in _shapes(num_ranks, fits)
     ]
     possible = sorted((c for c in found if not c.rejected), key=_rank_of)
@@ -150,6 +166,7 @@ def _judge(
     fits: Fits,
     costs_of: Callable[[Schedule], StepCosts],
     memory_of: Callable[[Schedule], Memory] | None,
+    phases: Phases | None,
 ) -> Candidate:
     stages = num_ranks * per_rank
     if stages > fits.num_layers:
@@ -162,7 +179,6 @@ def _judge(
     except ScheduleError as error:
         return Candidate(name, per_rank, str(error))
     costs = costs_of(schedule)
-    timeline = simulate(schedule, costs)
     live = max(check(schedule).live_activations) / per_rank
     held = max(peak_bytes(schedule, memory_of(schedule))) if memory_of else None
     copied = copies(schedule.placement)
@@ -173,6 +189,12 @@ def _judge(
         reason = f"{held / 2**30:.1f} GiB on its fullest rank, {fits.bytes / 2**30:.1f} allowed"
     elif copied > fits.max_copies:
         reason = f"{copied} copies of the weights, {fits.max_copies} allowed"
+    if reason:
+        return Candidate(name, per_rank, reason, peak_live=live, peak_bytes=held, copies=copied)
+    if phases is None:
+        timeline = simulate(schedule, costs)
+    else:
+        timeline = simulate_phases(schedule, phases.costs_of(schedule), level=phases.level)
     forwards = [costs.of_step(Action("F", stage, 0)) for stage in range(stages)]
     uneven = max(forwards) * stages / sum(forwards) if any(forwards) else 1.0
-    return Candidate(name, per_rank, reason, timeline.makespan, timeline.bubble, live, held, copied, uneven)
+    return Candidate(name, per_rank, None, timeline.makespan, timeline.bubble, live, held, copied, uneven)

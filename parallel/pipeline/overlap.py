@@ -46,7 +46,8 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
     """The rank's work in order.
 
     num_links: links in a stage's chain, the end included; 1 if nothing of it can be overlapped. level: `off` (actions
-    one after the other, each chunk undivided), `pairs`, or `all`.
+    one after the other, each chunk undivided), `pairs`, or `all`. A pair without a transfer to hide runs one after the
+    other too: the forward leaves at its own end instead of the pair's.
     """
     halves = halves_of(schedule, level)
 
@@ -77,7 +78,7 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
 
     work: list[Work] = []
     for step in _joined(schedule.ranks[rank], level):
-        if isinstance(step, Pair) and level != "off":
+        if isinstance(step, Pair) and level != "off" and any(num_links(action.stage) > 1 for action in parts(step)):
             work.append(Work(parts(step), pair(step)))
         elif isinstance(step, tuple):
             placed = tuple(Placed(step[0], phase) for phase in backward(step[0], weights=True))

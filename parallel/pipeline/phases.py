@@ -9,6 +9,7 @@ Halves: a chunk that has no partner sends its tokens in two halves, so that one 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 # Computation: attend (the link's entry, attention, router), shared and routed experts, the chain's end, and their
 # gradients of inputs; weights computes the weight gradients put off in this link and those after it.
@@ -35,6 +36,7 @@ class Phase:
 Program = tuple[Phase, ...]
 
 
+@cache
 def forward_program(num_links: int, *, halves: int = 1) -> Program:
     """Forward of a chunk whose chain has num_links links, the end included; halves: 1 or 2.
 
@@ -51,6 +53,7 @@ def forward_program(num_links: int, *, halves: int = 1) -> Program:
     return (*phases, Phase("end", num_links - 1))
 
 
+@cache
 def backward_program(num_links: int, *, halves: int = 1, weights: bool) -> Program:
     """Backward of a chunk; halves as in its forward.
 

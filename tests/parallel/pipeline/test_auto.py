@@ -1,12 +1,16 @@
 """`auto` takes the fastest that fits, says why, and never differs between two calls."""
 
+from typing import Any
+
 import pytest
 
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.auto import Fits, choose
+from parallel.pipeline.auto import Fits, Phases, choose
 from parallel.pipeline.check import check
+from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.schedules import SCHEDULES, ScheduleError, build
 from parallel.pipeline.simulate import Costs, Memory, peak_bytes, simulate
+from parallel.pipeline.simulate_phases import simulate_phases
 
 
 def chunks(a2a: float, *, message: float = 0.0):
@@ -72,7 +76,7 @@ def test_given_layers_allow_only_their_number_of_stages() -> None:
 
 
 def test_memory_caps_reject_and_are_named() -> None:
-    shape = {"num_ranks": 4, "num_microbatches": 16}
+    shape: Any = {"num_ranks": 4, "num_microbatches": 16}
     choice = choose(**shape, fits=Fits(8, bytes=6 * 2**30), costs_of=chunks(0), memory_of=memory_of)
     for c in choice.candidates:
         if c.name == "interleaved" and c.rejected and "stages" in c.rejected:
@@ -104,3 +108,32 @@ def test_uneven_stages_are_counted() -> None:
     choice = choose(num_ranks=4, num_microbatches=16, fits=Fits(8), costs_of=costs_of)
     uneven = {c.name: c.uneven for c in choice.candidates if c.uneven}
     assert uneven["1f1b"] == pytest.approx(2 / (5 / 4)) and uneven["zbv"] == pytest.approx(1.5 / (5 / 8))
+
+
+def test_phases_are_priced_with_pairs_and_halves_where_they_are_given() -> None:
+    """All-to-all as long as computation: half of that of lone chunks is hidden under `all`, none with `pairs`."""
+    found = {}
+    for level in ("pairs", "all"):
+        phases = Phases(lambda schedule: PhaseCosts.of_stage_costs(chunks(1)(schedule)), level)
+        choice = choose(num_ranks=8, num_microbatches=20, fits=Fits(40), costs_of=chunks(1), phases=phases)
+        found[level] = {c.name: c for c in choice.candidates}
+        for c in choice.candidates:
+            wanted = c.stages_per_rank if c.name == "interleaved" else None
+            schedule = build(c.name, num_ranks=8, num_microbatches=20, stages_per_rank=wanted)
+            alone = simulate_phases(schedule, phases.costs_of(schedule), level=level)
+            assert c.makespan == alone.makespan >= (choice.best.makespan or 0.0)
+    one, other = found["all"]["dualpipe"], found["pairs"]["dualpipe"]
+    assert one.makespan is not None and other.makespan is not None and one.makespan < 0.95 * other.makespan
+    assert one.makespan != choose(num_ranks=8, num_microbatches=20, fits=Fits(40), costs_of=chunks(1)).best.makespan
+
+
+def test_without_transfers_the_phases_of_dualpipe_beat_zbv() -> None:
+    """A gradient leaves before its chunk's weight gradients: 206 units where whole steps take 220, and ZBV 207."""
+    phases = Phases(lambda schedule: _in_one_piece(2 / schedule.stages_per_rank), "pairs")
+    choice = choose(num_ranks=16, num_microbatches=32, fits=Fits(61), costs_of=chunks(0), phases=phases)
+    assert choice.best.name == "dualpipe" and choice.best.makespan == pytest.approx(206)
+    assert {c.name: c.makespan for c in choice.candidates}["zbv"] == pytest.approx(207)
+
+
+def _in_one_piece(seconds: float) -> PhaseCosts:
+    return PhaseCosts(LayerCosts.even(0, 0), 0, end=seconds, end_grad=seconds, end_weights=seconds)
