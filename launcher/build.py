@@ -22,6 +22,7 @@ from optim.ema import EMA
 from optim.fused import ADAMW
 from optim.schedule import value_at
 from parallel.apply import Layout, LocalModel, build_local_model
+from parallel.deepspeed_zero1 import DeepSpeedZero1
 from parallel.expert.wire import QUANTISER
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Action
@@ -31,6 +32,7 @@ from parallel.pipeline.schedules import build as build_schedule
 from parallel.pipeline.split import split_layers
 from parallel.zero1 import Zero1
 
+ZERO1: dict[str, type[Zero1]] = {"plain": Zero1, "deepspeed": DeepSpeedZero1}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of what is not in FP8
 
 
@@ -133,13 +135,13 @@ def build(
         max_tokens=config.train.micro_batch_size * config.data.sequence_length,
         quantiser=_row_quantiser(config, process.device),
     )  # fmt: skip
-    zero1 = Zero1(model.parameters.values(), dtype=dtype)
+    zero1 = ZERO1[config.optim.zero1](model.parameters.values(), dtype=dtype, offload=config.optim.offload)
     if config.train.precision == "fp8":
         for stage in model.stages.values():
             apply_fp8(stage, config.fp8, device=process.device)
     optimizer = ADAMW[config.optim.adamw](
         [bucket.master for bucket in zero1.buckets],
-        [bucket.grad for bucket in zero1.buckets],
+        [bucket.step_grad for bucket in zero1.buckets],
         [bucket.decay for bucket in zero1.buckets],
         config.optim,
     )

@@ -134,11 +134,11 @@ def _global_norm(run: Run, norms: dict[str, dict[str, float]]) -> float:
 
 def _update(run: Run, lr: float, norm: float) -> None:
     with run.clock.phase("optimizer"):
-        run.optimizer.step(lr=lr, grad_scale=clip_scale(norm, run.config.optim.clip_norm))
+        run.zero1.update(run.optimizer, lr=lr, grad_scale=clip_scale(norm, run.config.optim.clip_norm))
         if run.ema is not None:
             run.ema.update()
     with run.clock.phase("all_gather"):
-        run.zero1.publish_weights()
+        run.zero1.publish_update()
     with run.clock.phase("optimizer"):
         for stage in run.model.stages.values():
             weights_changed(stage)  # rounds FP8 weights anew; nothing to do in other precisions

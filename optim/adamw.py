@@ -42,16 +42,20 @@ class AdamW:
         longest = max((len(master) for master in masters), default=0)
         self._scratch = [torch.empty(min(CHUNK, longest), device=m.device) for m in masters[:1] for _ in range(3)]
 
-    @torch.no_grad()
     def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
         """One update of every master; gradients are multiplied by grad_scale (the clip) on the way."""
         self.steps += 1
+        for shard in self.shards:
+            self.update(shard, lr=lr, grad_scale=grad_scale)
+
+    @torch.no_grad()
+    def update(self, shard: Shard, *, lr: float, grad_scale: float = 1.0) -> None:
+        """One shard's part of the step that `steps` counts, for a ZeRO that calls its optimizer bucket by bucket."""
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # sqrt wakes the others even for a chunk, at ten times the price of the pass
         try:
-            for shard in self.shards:
-                for start in range(0, len(shard.master), CHUNK):
-                    self._update(shard, slice(start, start + CHUNK), lr, grad_scale)
+            for start in range(0, len(shard.master), CHUNK):
+                self._update(shard, slice(start, start + CHUNK), lr, grad_scale)
         finally:
             torch.set_num_threads(num_threads)
 

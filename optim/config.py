@@ -29,6 +29,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    adamw: str = "plain"  # plain | torch_fused: whose arithmetic
+    adamw: str = "plain"  # plain | torch_fused | deepspeed_cpu | apex | transformer_engine: whose arithmetic
+    zero1: str = "plain"  # plain | deepspeed: who shards, reduces and gathers
+    offload: bool = False  # FP32 masters and moments in host memory, updated there
     ema_decay: float = 0.0  # of an average of the weights in host memory, after every step; 0: none is kept
     moments: str = "bf16"  # bf16 | fp32: storage of both AdamW moments

@@ -22,6 +22,7 @@ from launcher.check.layout import (
     divisors,
     either,
 )
+from launcher.check.packages import PACKAGE_CHOICES, check_offload, check_packages
 from launcher.check.recipe import (
     check_continuation,
     check_data,
@@ -157,7 +158,7 @@ def check_choices(config: RunConfig) -> list[str]:
         "parallel.dispatch_grad_wire": DISPATCH_WIRES,
         "parallel.combine_wire": COMBINE_WIRES,
         "optim.moments": ("bf16", "fp32"),
-        "optim.adamw": ("plain", "torch_fused"),
+        **PACKAGE_CHOICES,
         "train.precision": ("bf16", "fp32", "fp8"),
         "train.spike_policy": ("warn", "skip", "rollback"),
         "train.device": ("auto", "cpu", "cuda"),
@@ -264,7 +265,8 @@ RULES: tuple[Rule, ...] = (
     check_phases,
     check_fp8_words,
     check_safety,
+    check_offload,
     check_record,
 )
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
-MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_wandb)
+MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_packages, check_wandb)
