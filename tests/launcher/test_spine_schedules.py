@@ -13,9 +13,11 @@ from parallel.pipeline.csv_format import write
 from parallel.pipeline.schedules import SCHEDULES, build
 from tests.distributed import run_distributed
 from tests.launcher.spine import MODEL, assemble, config, parallel_trace, plain_trace, write_tokens
-from tests.launcher.test_spine import compare
+from tests.launcher.test_spine import compare, relative
 
+BAR = 2e-7  # L2, of every gradient of the first step
 DEEP = replace(MODEL, num_hidden_layers=8)  # enough for two stages on each of four ranks
+DEEPER = replace(MODEL, num_hidden_layers=16)  # and on each of eight
 FAST = ("interleaved", "zbv")
 
 
@@ -34,8 +36,13 @@ def run(prefix: str, layout: tuple[int, int, int], schedule: str, **options: Any
     plain = plain_trace(run_config)
     ranks = run_distributed(pipeline * data, parallel_trace, run_config)
     compare(run_config, ranks, plain)
-    if schedule != "dualpipe" and data == 1:
-        grads = assemble([rank[0]["grad"] for rank in ranks], plain.grads[0])
+    if data > 1:
+        return
+    grads = assemble([rank[0]["grad"] for rank in ranks], plain.grads[0])
+    errors = {name: relative(grad, plain.grads[0][name]) for name, grad in grads.items()}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= BAR, f"gradient of {worst} differs by {errors[worst]:.2e}"
+    if schedule != "dualpipe":
         shared = {"embed_tokens.weight"} if plan_layout(run_config).holders("embed_tokens.weight") == (0,) else set()
         assert {name for name, grad in grads.items() if not torch.equal(grad, plain.grads[0][name])} <= shared
 
@@ -87,6 +94,12 @@ def test_every_schedule_on_four_ranks(schedule: str, microbatches: int, tmp_path
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_on_four_ranks_with_expert_parallelism(schedule: str, tmp_path: Path) -> None:
     run(write_tokens(str(tmp_path / "tokens")), (4, 2, 2), schedule, model=DEEP, microbatches=9, overlap="all")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_on_eight_ranks(schedule: str, tmp_path: Path) -> None:
+    run(write_tokens(str(tmp_path / "tokens")), (8, 1, 1), schedule, model=DEEPER, microbatches=9)
 
 
 @pytest.mark.exhaustive
