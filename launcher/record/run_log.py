@@ -1,6 +1,8 @@
 """What a run tells while it goes: rank 0 the screen, the event log and wandb; every rank its own log of its time."""
 
 import resource
+import statistics
+from collections import Counter, deque
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ class RunLog:
         self._rank_events: EventLog | None = None
         self._tracker: Tracker | None = None
         self._last_rank_step = 0
+        self._recent: deque[StepEvent] = deque(maxlen=1000)
+        self._phases: Counter[str] = Counter()
 
     def __enter__(self) -> "RunLog":
         run, config, done = self._run, self._run.config, self._run.progress.step
@@ -67,6 +71,7 @@ class RunLog:
         assert self._peak is not None
         event = step_event(self._run, result, seconds, self._peak, warnings)
         self._events.append(event)
+        self._recent.append(event)
         self._display.step(event)
         if self._tracker is not None:
             self._tracker.step(event)
@@ -81,6 +86,7 @@ class RunLog:
         event = RankEvent(step, step - self._last_rank_step, seconds, phases, rows, _peak_bytes(run.process.device))
         self._last_rank_step = step
         self._rank_events.append(event)
+        self._phases.update(phases)
         if self._tracker is not None:
             self._tracker.rank(event)
 
@@ -103,12 +109,30 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._speaks:
+            for line in self._summary() if kind is None else ():
+                self._display.note(line)
             self._display.close()
         for log in (self._events, self._rank_events):
             if log is not None:
                 log.close()
         if self._tracker is not None:
             self._tracker.close(0 if kind is None else 1)
+
+    def _summary(self) -> list[str]:
+        """What the columns of the screen do not show, at most 80 columns a line."""
+        if not self._recent or self._peak is None:
+            return []
+        events, phases = self._recent, self._phases
+        causal = statistics.median(event.mfu_causal or 0.0 for event in events)
+        full = statistics.median(event.mfu_full or 0.0 for event in events)
+        dropped = sum(event.dropped_tokens for event in events)
+        against = f"of {self._peak.flops / 1e12:.4g} TFLOP/s"
+        lines = [f"MFU {causal:.1%} causal, {full:.1%} full, {against}; dropped tokens {dropped}"]
+        total = sum(phases.values())
+        if total:
+            shares = [(name.replace("_", "-"), seconds / total) for name, seconds in phases.most_common(4)]
+            lines.append("rank 0: " + ", ".join(f"{name} {share:.0%}" for name, share in shares))
+        return lines
 
 
 def step_event(run: Run, result: StepResult, seconds: float, peak: Peak, warnings: list[str]) -> StepEvent:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,13 @@ def test_a_planted_collapse_is_said_written_and_kept(run_dir: tuple[Path, str]) 
     ]  # fmt: skip
     manifest = json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())
     assert manifest["collapse"]["dead"] == [[1, 2, 4], [1, 3, 4]] and [1, 4] in manifest["collapse"]["collapsed"]
+
+
+def test_the_screen_ends_with_what_its_columns_do_not_show(run_dir: tuple[Path, str]) -> None:
+    *_, share, split = run_dir[1].splitlines()
+    assert re.fullmatch(r"MFU [\d.]+% causal, [\d.]+% full, of [\d.]+ TFLOP/s; dropped tokens 0", share)
+    assert re.fullmatch(r"rank 0: (\S+ \d+%, ){3}\S+ \d+%", split)
+    assert len(share) <= 80 and len(split) <= 80
 
 
 def test_without_a_fault_nothing_is_said(tmp_path: Path) -> None:
