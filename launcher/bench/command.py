@@ -7,6 +7,7 @@ SUBJECTS = {
     "pipeline": ("launcher.bench.pipeline", "bench_pipeline", "the executor beside its simulated ideal and torch's"),
     "alltoall": ("launcher.bench.alltoall", "bench_alltoall", "dispatch and combine of every back end"),
     "checkpoint": ("launcher.bench.checkpoint", "bench_checkpoint", "save and load beside raw writes and torch DCP"),
+    "kernels": ("launcher.bench.kernels", "bench_kernels", "kernel classes, for expertpipe plan --calibration"),
     "data": ("launcher.bench.data", "bench_data", "readers of token files side by side"),
 }
 USER_ERROR = 2

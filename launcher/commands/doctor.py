@@ -18,6 +18,9 @@ from pathlib import Path
 from launcher.check.recipe import is_data_missing, prepare_command
 from launcher.check.run import problems
 from launcher.config import RunConfig, draft
+from launcher.plan.inputs import hardware_of
+from launcher.plan.inputs import problems as cluster_problems
+from launcher.schedule_choice import resolved
 
 TABLE_COLUMNS = 80
 GIB = 1 << 30
@@ -46,6 +49,8 @@ def doctor(overrides: Sequence[str], as_json: bool = False) -> int:
     found = [*examine(result.config), *(Row("config", "FAIL", message) for message in result.errors)]
     if result.config is not None:
         found += config_rows(result.config, is_clean=not result.errors)
+        if not result.errors and not problems(result.config, None, with_data=False, here=False):
+            found += cluster_rows(result.config)
     failed = any(row.status == "FAIL" for row in found)
     if as_json:
         print(json.dumps({"ok": not failed, "overrides": chosen, "rows": [asdict(row) for row in found]}))
@@ -86,6 +91,26 @@ def config_rows(config: RunConfig, *, is_clean: bool = True) -> Iterator[Row]:
         yield Row("data", "FAIL", message)
     if not broken:
         yield Row("data", "ok", config.data.prefix)
+
+
+def cluster_rows(config: RunConfig) -> Iterator[Row]:
+    """What the planner says of the run on the GPUs here, or on those that `expertpipe plan` takes by default."""
+    if config.train.device != "cuda":
+        return
+    hardware = hardware_of(cluster_here())
+    found = cluster_problems(resolved(config), hardware)
+    for message in found:
+        yield Row("cluster", "FAIL", message)
+    if not found:
+        yield Row("cluster", "ok", f"fits {config.parallel.world_size} {hardware.name} by expertpipe plan")
+
+
+def cluster_here() -> str:
+    """The hardware file of the GPU here, h800 where there is none that it knows."""
+    import torch
+
+    name = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
+    return next((known for known in ("h200", "h100", "h800") if known in name), "h800")
 
 
 def print_table(found: Sequence[Row], title: str) -> None:

@@ -10,7 +10,8 @@ from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
 from launcher.step_plan import StepPlan
 from parallel.plan import calibration
-from parallel.plan.feasible import problems
+from parallel.plan.feasible import memory_problems
+from parallel.plan.feasible import problems as impossible
 from parallel.plan.hardware import Hardware, HardwareError, read
 from parallel.plan.job import Job
 from parallel.plan.kernels import Calibration
@@ -53,29 +54,43 @@ def config_of(overrides: list[str]) -> RunConfig:
 
 def job_of(args: Namespace) -> Job:
     """What is to be planned; every problem with it at once."""
-    config = config_of(args.overrides)
-    hardware = hardware_of(args.cluster)
+    job = of_config(config_of(args.overrides), hardware_of(args.cluster))
+    if args.precision:
+        job = replace(job, precision=args.precision)
+    if args.as_published:
+        job = as_published(job)
+    found = impossible(job)
+    if found:
+        raise ConfigError(found)
+    return replace(job, calibration=calibration_of(args, job))
+
+
+def problems(config: RunConfig, cluster: Hardware) -> list[str]:
+    """Every reason why a checked run cannot be on a cluster, its memory included, each with what would work.
+
+    For `doctor` and `submit`; empty when there is none.
+    """
+    job = of_config(config, cluster)
+    return impossible(job) or memory_problems(job)
+
+
+def of_config(config: RunConfig, hardware: Hardware) -> Job:
+    """The run at its largest batch on a cluster; first principles until a calibration is put in."""
     *before, constant = StepPlan(config).stretches(config.train.steps)
     growing = [s for s in before if s.step.batch < constant.step.batch]
-    job = Job(
+    return Job(
         model=config.model,
         parallel=config.parallel,
         hardware=hardware,
         sequence_length=constant.step.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=constant.step.batch,
-        precision=args.precision or config.train.precision,
+        precision=config.train.precision,
         tokens=float(constant.end_tokens),
         ramp=tuple((s.step.batch, float(s.end_tokens - s.first_tokens)) for s in growing),
         moments_bytes=2 if config.optim.moments == "bf16" else 4,
         fp8=config.fp8,
     )
-    if args.as_published:
-        job = as_published(job)
-    found = problems(job)
-    if found:
-        raise ConfigError(found)
-    return replace(job, calibration=calibration_of(args, job))
 
 
 def as_published(job: Job) -> Job:

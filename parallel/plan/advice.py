@@ -84,7 +84,7 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     here = levels.index(parallel.recompute)
     for level in levels[here + 1 :] if not fits else levels[:here]:  # less is faster, more is smaller
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
-    for name in ("zbv", "dualpipev", "dualpipe") if parallel.expert > 1 else ("1f1b", "zbv"):
+    for name in ("1f1b", "zbv", "dualpipev", "dualpipe") if parallel.expert > 1 else ("1f1b", "zbv"):
         if name != parallel.schedule and parallel.pipeline > 1:
             yield f"parallel.schedule={name}", job.with_parallel(schedule=name, layers_per_stage=None)
     if parallel.pipeline > 1:

@@ -12,6 +12,7 @@ from parallel.plan.trace import TraceSummary, calibrate, read_trace
 
 TRACE_LAYERS = 4  # of the published pair; `of_trace` takes any
 FASTEST, SLOWEST = 0.2, 5.0  # a factor outside is a wrong file rather than a slow kernel
+FASTEST_MACHINE, SLOWEST_MACHINE = 0.02, 50.0  # of a file of factors, whose machine may be a CPU
 
 
 def predicted_classes(shape: LayerShape, hardware: Hardware, *, layers: int) -> dict[str, float]:
@@ -63,7 +64,13 @@ def read(path: Path) -> tuple[Calibration, Mapping[str, object]]:
     if not all(isinstance(factor, int | float) for factor in factors.values()):
         raise HardwareError(f"{path}: every factor is a number")
     found = Calibration(str(tree.get("source", path.name)), factors, float(tree.get("training", 1.0)))
-    return _sane(found, where=str(path)), tree
+    strange = [f"{kind} {f:.3g}" for kind, f in factors.items() if not FASTEST_MACHINE <= f <= SLOWEST_MACHINE]
+    if strange:
+        raise HardwareError(
+            f"{path}: {', '.join(strange)} times the prediction: measured on another machine than --cluster names, or "
+            "while it was busy; measure again with expertpipe bench kernels"
+        )
+    return found, tree
 
 
 def _sane(calibration: Calibration, *, where: str) -> Calibration:

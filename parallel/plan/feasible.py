@@ -4,13 +4,19 @@ import math
 
 from model.counts import block_shapes
 from parallel.expert.placement import Placement
+from parallel.pipeline.schedules import ScheduleError, build
+from parallel.pipeline.split import SplitError
+from parallel.plan.advice import candidates
 from parallel.plan.hardware import HardwareError, check_cluster
 from parallel.plan.job import Job
-from parallel.plan.memory import layer_kept_bytes, setting_of
+from parallel.plan.memory import layer_kept_bytes, memory_of, setting_of
 
 
 def problems(job: Job) -> list[str]:
-    """Every reason why a run cannot be on its cluster, one line each; memory of the whole is not judged here."""
+    """Every reason why a run cannot be on its cluster whatever its layout in the pipeline, one line each.
+
+    `memory_problems` judges the memory of the whole.
+    """
     found = []
     for rule in (_nodes, _gate, _one_layer):
         try:
@@ -18,6 +24,44 @@ def problems(job: Job) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def memory_problems(job: Job) -> list[str]:
+    """One line if the fullest rank does not fit, with a single change that would make it."""
+    ranks = _peaks(job)
+    rank, limit = max(range(len(ranks)), key=ranks.__getitem__), job.hardware.memory_bytes
+    if ranks[rank] <= limit:
+        return []
+    found = (
+        f"pipeline rank {rank} would hold {ranks[rank] / 2**30:.1f} GiB, a {job.hardware.name} has "
+        f"{limit / 2**30:.1f} GiB (parallel.schedule={job.parallel.schedule}, parallel.recompute="
+        f"{job.parallel.recompute}): "
+    )
+    for what, other in candidates(job, fits=False):
+        try:
+            most = max(_peaks(other))
+        except (ScheduleError, SplitError):
+            continue
+        if most <= limit and other.hardware is job.hardware and other.global_batch_size == job.global_batch_size:
+            return [f"{found}use {what}, which holds {most / 2**30:.1f} GiB"]
+    return [f"{found}no single change makes it fit; expertpipe plan --search looks at all layouts"]
+
+
+def _peaks(job: Job) -> list[float]:
+    """Bytes of every pipeline rank; of a step no longer than its memory needs to reach its peak."""
+    parallel = job.parallel
+    number = min(job.num_microbatches, 2 * parallel.pipeline + 2)
+    if job.num_microbatches % 2 == 0:
+        number += number % 2
+    schedule = build(
+        parallel.schedule, num_ranks=parallel.pipeline, num_microbatches=number,
+        stages_per_rank=parallel.stages_per_rank,
+    )  # fmt: skip
+    memory = memory_of(
+        job.shape(), parallel, schedule, job.stages(schedule),
+        precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
+    )  # fmt: skip
+    return [rank.total for rank in memory]
 
 
 def _nodes(job: Job) -> None:
