@@ -171,7 +171,7 @@ def older_shards(folder: Path) -> str:
 def older_manifest(folder: Path) -> str:
     """Whole in itself, beside shards of the newer step."""
     shutil.copyfile(folder.with_name(f"step-{STEPS - 2:08d}") / "manifest.json", folder / "manifest.json")
-    return "says that it is of step"
+    return f"is of step {STEPS - 2}, its name of step {STEPS - 1}"
 
 
 def another_step_under_its_name(folder: Path) -> str:
