@@ -26,7 +26,7 @@ setup(
         **{name: ["py.typed"] for name in ("optim", "data")},
         "launcher": ["py.typed", "report/page.*"],
         "parallel": ["py.typed", "expert/native/csrc/*"],
-        "model": ["py.typed", "fp8/csrc/*"],
+        "model": ["py.typed", "fp8/csrc/*", "rowwise/csrc/*"],
     },
     install_requires=[
         "torch>=2.13,<2.14",

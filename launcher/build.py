@@ -17,6 +17,8 @@ from launcher.step_plan import StepPlan
 from model.block import MoE
 from model.fp8.apply import apply_fp8
 from model.fp8.quantise import Quantiser
+from model.rowwise.apply import apply_rowwise
+from model.rowwise.native import NativeRowwise
 from optim.adamw import AdamW
 from optim.ema import EMA
 from optim.fused import ADAMW
@@ -139,6 +141,9 @@ def build(
     if config.train.precision == "fp8":
         for stage in model.stages.values():
             apply_fp8(stage, config.fp8, device=process.device)
+    if config.train.rowwise == "native":
+        for stage in model.stages.values():
+            apply_rowwise(stage, NativeRowwise())
     optimizer = ADAMW[config.optim.adamw](
         [bucket.master for bucket in zero1.buckets],
         [bucket.step_grad for bucket in zero1.buckets],

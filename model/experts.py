@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from model.linear import GroupedLinear
 from model.mlp import SwiGLUDown, swiglu
+from model.rowwise.kernels import TORCH, Rowwise
 
 
 class Experts(nn.Module):
@@ -12,6 +13,8 @@ class Experts(nn.Module):
     The router's weight multiplies the narrow activation instead of the output: the same product, F numbers a row
     instead of D, and what leaves for combine only has to be summed.
     """
+
+    rowwise: Rowwise = TORCH
 
     def __init__(self, hidden_size: int, intermediate_size: int, expert_ids: range) -> None:
         super().__init__()
@@ -24,4 +27,4 @@ class Experts(nn.Module):
         """rows_RD sorted by expert, counts[e] rows each, with router weights -> weighted outputs [R, D]."""
         if self.swiglu_down is not None:
             return self.swiglu_down(self.gate_up_proj(rows_RD, counts), self.down_proj, weights_R, counts)
-        return self.down_proj(swiglu(self.gate_up_proj(rows_RD, counts), weights_R), counts)
+        return self.down_proj(swiglu(self.gate_up_proj(rows_RD, counts), weights_R, self.rowwise), counts)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.rowwise.kernels import TORCH, Rowwise
 from model.weight_grad import WeightGradSink, add_product
 
 IGNORED = -1  # label of a position without a loss
@@ -20,52 +21,39 @@ class _HeadLoss(torch.autograd.Function):
     """h_TD, weight_VD, labels_T -> FP32 loss_T (0 where ignored)."""
 
     @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, sink: WeightGradSink) -> Tensor:
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, sink: WeightGradSink, rowwise: Rowwise
+    ) -> Tensor:
         num_tokens, vocab = h_TD.shape[0], weight_VD.shape[0]
         chunk = max(1, (GPU_CHUNK_BYTES if h_TD.is_cuda else CHUNK_BYTES) // (4 * vocab))
         keep = any(ctx.needs_input_grad)
         grad_TV = h_TD.new_empty(num_tokens if keep else min(chunk, num_tokens), vocab)
         loss_T = torch.empty(num_tokens, dtype=torch.float32, device=h_TD.device)
-        scratch = torch.empty(2, min(chunk, num_tokens), vocab, dtype=torch.float32, device=h_TD.device)
         if keep:
             torch.mm(h_TD, weight_VD.t(), out=grad_TV)  # at once: small products are slow
         for start in range(0, num_tokens, chunk):
             part = slice(start, min(start + chunk, num_tokens))
-            labels = labels_T[part]
-            logits = grad_TV[part] if keep else torch.mm(h_TD[part], weight_VD.t(), out=grad_TV[: len(labels)])
-            wide, p = scratch[0, : len(labels)].copy_(logits), scratch[1, : len(labels)]
-            loss_T[part] = _cross_entropy(wide, labels, p)
-            if keep:
-                logits.copy_(p)
+            out = grad_TV[part] if keep else grad_TV[: part.stop - start]
+            logits = out if keep else torch.mm(h_TD[part], weight_VD.t(), out=out)
+            loss_T[part] = rowwise.cross_entropy(logits, labels_T[part])
         if keep:
             ctx.save_for_backward(h_TD, weight_VD, grad_TV)
             ctx.sink = sink
         return loss_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         h_TD, weight_VD, grad_TV = ctx.saved_tensors
         scale_T1 = grads[0].unsqueeze(1)
         if ctx.needs_input_grad[1]:
             scaled_TD = (h_TD * scale_T1).to(h_TD.dtype)
             ctx.sink.put(weight_VD, lambda acc: add_product(acc, grad_TV.t(), scaled_TD))
-        return ((grad_TV @ weight_VD) * scale_T1).to(h_TD.dtype), None, None, None
+        return ((grad_TV @ weight_VD) * scale_T1).to(h_TD.dtype), None, None, None, None
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, p: Tensor) -> Tensor:
-    """Loss of each row [N] in nats, 0 where ignored; leaves softmax minus one-hot (0 where ignored) in p [N, V]."""
-    index, ignored = labels.clamp(min=0).unsqueeze(1), (labels == IGNORED).unsqueeze(1)
-    largest, where = logits.max(dim=-1, keepdim=True)
-    torch.softmax(logits, dim=-1, out=p)
-    # log-sum-exp from the largest entry, whose probability is at least 1/V: no second pass, no underflow.
-    loss = largest - p.gather(1, where).log_() - logits.gather(1, index)
-    p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
-    if ignored.any():
-        p.masked_fill_(ignored, 0)
-    return loss.masked_fill_(ignored, 0).squeeze(1)
-
-
-def head_loss(h_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, sink: WeightGradSink) -> Tensor:
+def head_loss(
+    h_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, sink: WeightGradSink, rowwise: Rowwise = TORCH
+) -> Tensor:
     """Cross entropy in nats of every position: [B, S] FP32, 0 where the label is `IGNORED`."""
-    loss_T = _HeadLoss.apply(h_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), sink)
+    loss_T = _HeadLoss.apply(h_BSD.flatten(0, 1), weight_VD, labels_BS.flatten(), sink, rowwise)
     return loss_T.view(labels_BS.shape)  # type: ignore[union-attr]

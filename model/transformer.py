@@ -21,6 +21,7 @@ from model.loss import IGNORED, head_loss
 from model.mtp import MTPModule
 from model.norm import RMSNorm
 from model.rope import rotations
+from model.rowwise.kernels import TORCH, Rowwise
 from model.weight_grad import Weighted, WeightGradSink
 
 
@@ -117,6 +118,7 @@ class Transformer(nn.Module):
     """
 
     rotations: Tensor
+    rowwise: Rowwise = TORCH
 
     def __init__(
         self,
@@ -218,7 +220,7 @@ class Transformer(nn.Module):
             h_BSD = before(h_BSD, batch, losses)
             normed_BSD = (self.mtp[depth - 1].norm if depth else self.norm)(h_BSD)  # type: ignore[operator]
             targets_BS = _shifted(batch.tokens, depth)[:, 1:]
-            mean = head_loss(normed_BSD, self.lm_head.weight, targets_BS, self.lm_head.sink).mean()
+            mean = head_loss(normed_BSD, self.lm_head.weight, targets_BS, self.lm_head.sink, self.rowwise).mean()
             losses.add(mean, batch.share * batch.mtp_lambda / len(self.mtp) if depth else batch.share)
             return normed_BSD if self.config.mtp_hidden == "after_norm" else h_BSD
 

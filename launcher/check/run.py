@@ -32,6 +32,7 @@ from launcher.check.recipe import (
     check_segments,
 )
 from launcher.check.record import check_record, check_wandb
+from launcher.check.rowwise import ROWWISE, check_compiler, check_rowwise
 from launcher.check.safety import check_safety
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
@@ -160,6 +161,7 @@ def check_choices(config: RunConfig) -> list[str]:
         "optim.moments": ("bf16", "fp32"),
         **PACKAGE_CHOICES,
         "train.precision": ("bf16", "fp32", "fp8"),
+        "train.rowwise": ROWWISE,
         "train.spike_policy": ("warn", "skip", "rollback"),
         "train.device": ("auto", "cpu", "cuda"),
         "model.mtp_hidden": ("after_norm", "before_norm"),
@@ -267,6 +269,7 @@ RULES: tuple[Rule, ...] = (
     check_safety,
     check_offload,
     check_record,
+    check_rowwise,
 )
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
-MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_packages, check_wandb)
+MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_packages, check_wandb, check_compiler)
