@@ -38,7 +38,7 @@ from launcher.safety.run_lock import RunLock
 
 @dataclass(frozen=True)
 class Saved:
-    """One finished save. stall_seconds: that steps waited for it; total_seconds: from beginning to commit."""
+    """One finished save. stall_seconds: that the run waited for it; total_seconds: from beginning to commit."""
 
     path: Path
     stall_seconds: float
@@ -64,11 +64,11 @@ class Saver:
         say: Callable[[str], None] = lambda text: None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self._run, self._asynchronous, self._lock = run, asynchronous, lock
+        self._run, self._lock = run, lock
         self._extra, self._say, self._on_phase = extra, say, on_phase
         self._copy = HostCopy([flat.tensor for flat in rank_state(run)]) if asynchronous else None
         self._root = checkpoints_dir(run.config)
-        self._active, self._step = False, 0
+        self._active, self._waited_for, self._step = False, False, 0
         self._snapshot: Snapshot | None = None
         self._phases: list[tuple[str, Callable[[], None]]] = []
         self._thread: threading.Thread | None = None
@@ -92,6 +92,7 @@ class Saver:
         self.finish()
         self._active, self._step, self._error = True, self._run.progress.step, None
         copy = None if wait else self._copy
+        self._waited_for = copy is None
         self._attempt(lambda: self._take(copy))
         work = (self._prepare, self._write, self._commit, self._verify, self._delete)
         self._phases = list(zip(("prepare", "write", "commit", "verify", "delete"), work, strict=True))
@@ -130,7 +131,9 @@ class Saver:
         saved = None
         while self.active:
             assert self._thread is not None
+            began = time.perf_counter()
             self._thread.join()
+            self._stall += time.perf_counter() - began
             saved = self.advance(any_busy=False) or saved
         return saved
 
@@ -153,7 +156,7 @@ class Saver:
         self._thread.start()
 
     def _behind(self, work: Callable[[], None]) -> None:
-        if self._asynchronous:
+        if not self._waited_for:
             run_behind()
         self._attempt(work)
 
