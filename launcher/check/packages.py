@@ -64,12 +64,17 @@ def deepspeed_problem(key: str, instead: str, lookup: Callable[[str], str | None
 
 def cpu_adam_problem() -> list[str]:
     """DeepSpeed compiles its CPU Adam when it is first used."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
+    missing = missing_tools()
     if not missing:
         return []
     tools = " and no ".join(missing)
     return [f"optim.adamw=deepspeed_cpu is compiled at first use and there is no {tools}: install it, or {FUSED}"]
+
+
+def missing_tools() -> list[str]:
+    """Of those that DeepSpeed compiles with; ninja's wheel puts it beside the interpreter."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
 
 
 def apex_problem() -> list[str]:

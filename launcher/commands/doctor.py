@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from launcher.check.packages import deepspeed_problem, missing_tools
 from launcher.check.recipe import is_data_missing, prepare_command
 from launcher.check.run import problems
 from launcher.config import RunConfig, draft
@@ -240,8 +241,11 @@ def apex_row() -> Row:
 
 def _deepspeed_row() -> Row:
     row = _package_row("deepspeed", ("deepspeed",), "pip install -e .[deepspeed]")
-    if row.status == "ok" and shutil.which("ninja") is None:
-        return Row("deepspeed", "note", f"{row.found}, no ninja on PATH", "pip install ninja: it compiles at first use")
+    if row.status == "ok" and deepspeed_problem("deepspeed", ""):
+        return Row("deepspeed", "note", f"{row.found}, not a tested version", "pip install -e .[deepspeed]")
+    if row.status == "ok" and (missing := missing_tools()):
+        advice = f"install {' and '.join(missing)}: its CPU Adam is compiled at first use"
+        return Row("deepspeed", "note", f"{row.found}, no {' and no '.join(missing)}", advice)
     return row
 
 

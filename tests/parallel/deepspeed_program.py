@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from launcher.build import ZERO1
 from launcher.config import RunConfig
+from optim.adamw import AdamW
+from optim.config import OptimConfig
+from parallel.zero1 import LocalParameter
 from tests.distributed import run_distributed
+from tests.launcher.checkpoint.states import VOCAB, prepared, session, whole
 from tests.launcher.spine import config, parallel_trace, write_tokens
 
 LAYOUT: dict[str, Any] = {"pipeline": 2, "expert": 2, "data": 2}
@@ -52,73 +58,89 @@ def equality(folder: Path, schedule: str, **options: Any) -> dict[str, Any]:
     return found | {"biases_equal": same}
 
 
-def _train_and_save(run_config: RunConfig, steps: int, judge: bool) -> dict[str, torch.Tensor]:
-    from launcher.build import build
-    from launcher.checkpoint.state import rank_tensors, save
-    from launcher.runtime import process_group
-    from launcher.step import train_step
-
-    with process_group(run_config.train) as process:
-        run = build(run_config, process)
-        for step in range(steps):
-            train_step(run, (lambda loss, norm: True) if judge or step != 1 else (lambda loss, norm: False))
-        state = {key: tensor.clone() for key, tensor in rank_tensors(run)}
-        save(run)
-        return state
-
-
-def _load(run_config: RunConfig, path: str) -> dict[str, Any]:
-    from launcher.build import build
-    from launcher.checkpoint.state import load, rank_tensors
-    from launcher.runtime import process_group
-    from launcher.step import train_step
-
-    with process_group(run_config.train) as process:
-        run = build(run_config, process)
-        load(run, Path(path))
-        state = {key: tensor.clone() for key, tensor in rank_tensors(run)}
-        weights = {name: p.weight.detach().clone() for name, p in run.model.parameters.items()}
-        return {"state": state, "weights": weights, "loss": train_step(run).loss, "steps": run.optimizer.steps}
-
-
-def whole(ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stretches of all ranks, `kind/name@offset`, joined to one flat tensor for each `kind/name`."""
-    parts: dict[str, dict[int, torch.Tensor]] = {}
-    for state in ranks:
-        for key, tensor in state.items():
-            name, _, offset = key.rpartition("@")
-            parts.setdefault(name, {})[int(offset)] = tensor.flatten()
-    return {name: torch.cat([stretches[at] for at in sorted(stretches)]) for name, stretches in parts.items()}
-
-
 def checkpoints(folder: Path) -> dict[str, Any]:
-    """What either wrote, read by the other in another layout; BF16, one step not taken."""
-    prefix = write_tokens(str(folder / "tokens"))
-    base = config(prefix, **LAYOUT, schedule="dualpipe", layers=(2, 4), run_dir=str(folder / "run"))
-    base = with_optim(replace(base, train=replace(base.train, precision="bf16")), moments="bf16")
-    other = config(prefix, pipeline=1, expert=2, data=4, schedule="1f1b", run_dir=str(folder / "other"))
-    other = with_optim(replace(other, train=replace(base.train, global_batch_size=16)), moments="bf16")
+    """What either wrote, read by the other in another layout: BF16 weights and moments."""
+    prefix = prepared(folder / "data")
+    deep = config(prefix, **LAYOUT, schedule="dualpipe", layers=(1, 3), microbatches=4, model=VOCAB)
+    deep = replace(deep, train=replace(deep.train, precision="bf16"))
+    plain = replace(deep, parallel=replace(deep.parallel, pipeline=1, data=4, schedule="1f1b", layers_per_stage=None))
+    plain = replace(plain, train=replace(plain.train, global_batch_size=16))
+    deep, plain = with_optim(deep, moments="bf16", zero1="deepspeed"), with_optim(plain, moments="bf16")
     found: dict[str, Any] = {}
     for name, writer, reader in (
-        ("deepspeed_to_plain", with_optim(base, zero1="deepspeed"), other),
-        ("plain_to_deepspeed", other, with_optim(base, zero1="deepspeed", offload=True)),
+        ("deepspeed_to_plain", deep, plain),
+        ("plain_to_deepspeed", plain, with_optim(deep, offload=True)),
     ):
-        written = whole(run_distributed(4, _train_and_save, writer, 3, False))
-        path = next(Path(writer.run_dir).glob("checkpoints/step-*"))
-        read = run_distributed(4, _load, reader, str(path))
-        state = whole([rank["state"] for rank in read])
-        rounded = all(
-            torch.equal(weight.flatten(), state[f"master/{key}"].bfloat16())
-            for rank in read
-            for key, weight in rank["weights"].items()
-            if weight.numel() == len(state[f"master/{key}"])
-        )
+        writer = replace(writer, run_dir=str(folder / name))
+        reader = replace(reader, run_dir=str(folder / f"{name}_again"))
+        written = whole([states[-1] for states in run_distributed(4, session, writer, 2, None)])
+        path = max(Path(writer.run_dir).glob("checkpoints/step-*"))
+        ranks = run_distributed(4, session, reader, 1, str(path))
+        read, after = (whole([states[at] for states in ranks]) for at in (0, 1))
+        equal = all(
+            torch.equal(tensor, read.tensors[kind][key])
+            for kind, tensors in written.tensors.items() for key, tensor in tensors.items()
+        )  # fmt: skip
         found[name] = {
-            "keys": len(written), "equal": written.keys() == state.keys() and all(
-                torch.equal(written[key], state[key]) for key in written
-            ), "weights_rounded": rounded, "losses": sorted({rank["loss"] for rank in read}),
-            "steps": sorted({rank["steps"] for rank in read}),
+            "equal": equal and written.tensors.keys() == read.tensors.keys() and written.progress == read.progress,
+            "steps": [read.optimizer_steps, after.optimizer_steps], "loss": after.loss, "loss_before": written.loss,
+            "moved": any(not torch.equal(t, after.tensors["master"][key]) for key, t in read.tensors["master"].items()),
         }  # fmt: skip
+    return found
+
+
+def three_ranks(kind: str, dtype: torch.dtype, offload: bool) -> list[list[torch.Tensor]]:
+    """One rank's reduced gradients, weights, masters and moments after each of four steps, the third not taken.
+
+    Buckets over three ranks and over two of them, BF16 moments, masters written from outside at the end.
+    """
+    dist.init_process_group("gloo")
+    rank, draw = dist.get_rank(), torch.Generator().manual_seed(0)
+    every, pair = dist.new_group([0, 1, 2]), dist.new_group([0, 1])
+    shapes = [("a", (30, 7), every), ("b", (5,), every), ("c", (100, 3), every), ("e", (11, 4), pair)]
+    parameters = [
+        LocalParameter(name, torch.nn.Parameter(torch.randn(shape, generator=draw)), shape, 0, group, len(shape) > 1)
+        for name, shape, group in shapes[: 4 if rank < 2 else 3]
+    ]
+    zero1 = ZERO1[kind](parameters, dtype=dtype, offload=offload)
+    buckets = zero1.buckets
+    optimizer = AdamW(
+        [b.master for b in buckets], [b.step_grad for b in buckets], [b.decay for b in buckets], OptimConfig()
+    )
+    found = []
+    for step in range(4):
+        noise = torch.Generator().manual_seed(step * 10 + rank)
+        for p in parameters:
+            p.weight.main_grad.add_(torch.randn(p.shape, generator=noise))  # type: ignore[attr-defined]
+        zero1.reduce_gradients()
+        found.append([bucket.grad.clone() for bucket in buckets])
+        if step != 2:
+            zero1.update(optimizer, lr=1e-2, grad_scale=0.5)
+            zero1.publish_update()
+        zero1.zero_gradients()
+        found[-1] += [p.weight.detach().float() for p in parameters] + [b.master.clone() for b in buckets]
+        found[-1] += [moment.float() for shard in optimizer.shards for moment in (shard.exp_avg, shard.exp_avg_sq)]
+    for bucket in buckets:
+        bucket.master.add_(1)  # as a checkpoint that is read does
+    zero1.publish_weights()
+    found.append([p.weight.detach().float() for p in parameters])
+    dist.destroy_process_group()
+    return found
+
+
+def buckets(folder: Path) -> dict[str, Any]:
+    """Largest difference of anything from our ZeRO-1, by kind."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = run_distributed(3, three_ranks, "plain", dtype, False)
+        for kind, offload in (("plain", True), ("deepspeed", False), ("deepspeed", True)):
+            ranks = run_distributed(3, three_ranks, kind, dtype, offload)
+            pairs = [
+                (x, y) for before, after in zip(expected, ranks, strict=True)
+                for one, other in zip(before, after, strict=True) for x, y in zip(one, other, strict=True)
+            ]  # fmt: skip
+            key = f"{kind} {dtype} {'offload' if offload else ''}".strip()
+            found[key] = max(float((x - y).abs().max()) for x, y in pairs)
     return found
 
 
@@ -128,6 +150,7 @@ CASES = {
     "offload": lambda folder: equality(folder, "1f1b", offload=True),
     "cpu_adam": lambda folder: equality(folder, "1f1b", offload=True, adamw="deepspeed_cpu"),
     "checkpoints": checkpoints,
+    "buckets": buckets,
 }
 
 if __name__ == "__main__":
