@@ -188,7 +188,7 @@ class CollectiveDispatcher:
         to_nodes = Fan.by_column(self._spread(ids_TK, place.num_nodes), sum(plan.rail.sent))
         meta = self._meta(ids_TK, weights_TK, to_nodes, plan)
         tokens = encode(x_TD, self._wires.dispatch, self._quantiser)
-        parcel = _with(tokens.gather(to_nodes.source_C), meta)
+        parcel = _with(to_nodes.gather(tokens), meta)
         first = self._dispatch_rail.start(parcel, plan.rail.sent, plan.rail.received)
         kept: list[Fan] = []
 
@@ -196,7 +196,7 @@ class CollectiveDispatcher:
             ids_MK, _ = _read_meta(arrived, top_k)
             needed_ML = _marks(ids_MK, place.experts_per_rank, place.ranks_per_node)
             kept.append(Fan.by_column(needed_ML, sum(plan.node.sent)))
-            return self._dispatch_node.start(arrived.gather(kept[0].source_C), plan.node.sent, plan.node.received)
+            return self._dispatch_node.start(kept[0].gather(arrived), plan.node.sent, plan.node.received)
 
         def finish(arrived: Parcel) -> Dispatched:
             ids_MK, weights_MK = _read_meta(arrived, top_k)
@@ -216,11 +216,11 @@ class CollectiveDispatcher:
             expected = handle.to_nodes.num_items
             raise ValueError(f"x_TD has {len(values)} tokens: the handle is of a dispatch of {expected}")
         plan, wire = handle.plan, self._wires.gradient
-        parcel = encode(x_TD, wire, self._gradients).gather(handle.to_nodes.source_C)
+        parcel = handle.to_nodes.gather(encode(x_TD, wire, self._gradients))
         first = self._dispatch_rail.start(parcel, plan.rail.sent, plan.rail.received)
 
         def forward(arrived: Parcel) -> Sent:
-            copies = arrived.gather(handle.to_ranks.source_C)
+            copies = handle.to_ranks.gather(arrived)
             return self._dispatch_node.start(copies, plan.node.sent, plan.node.received)
 
         def finish(arrived: Parcel) -> Dispatched:
