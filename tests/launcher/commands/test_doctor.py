@@ -84,6 +84,29 @@ def test_missing_data_is_a_note_and_broken_data_a_failure(tmp_path: Path) -> Non
     assert rows["data"].status == "FAIL"
 
 
+def rows_of_cluster(*words: str) -> list[Row]:
+    return list(module.cluster_rows(compose(["experiment=deepseek_v3_2048_h800", *words])))
+
+
+def test_a_run_that_does_not_fit_its_gpus_is_told_what_would() -> None:
+    """The planner's own judgement: all errors, each with a value that works."""
+    too_large = rows_of_cluster("train.precision=bf16")
+    assert [row.status for row in too_large] == ["FAIL"]
+    assert "a H800 has 79.1 GiB" in too_large[0].found and "use " in too_large[0].found
+    fits = rows_of_cluster("parallel.schedule=1f1b")
+    assert [row.status for row in fits] == ["ok"]
+
+
+def test_several_impossible_things_are_told_at_once() -> None:
+    found = rows_of_cluster("parallel.data=127", "parallel.pipeline=15", "parallel.expert=1", "train.precision=fp32")
+    said = "\n".join(row.found for row in found)
+    assert len(found) == 2 and "one layer takes" in said and "1905 GPUs are not whole nodes" in said
+
+
+def test_a_run_on_a_cpu_is_not_judged_by_gpus() -> None:
+    assert list(module.cluster_rows(compose(["experiment=tiny", "train.device=cpu"]))) == []
+
+
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder at the head of the import path."""
