@@ -73,9 +73,12 @@ def _on_ranks(config: RunConfig, args: Namespace) -> int:
         elif process.rank == 0:
             print(table(f"{config.name}: {process.world_size} ranks", rows))
         sys.stdout.flush()
-    bad = [f"{row.check}: {what}" for row in rows for what in row.bad]
-    if bad:
-        raise PreflightError(bad)
+    checks: dict[str, str] = {}  # what is bad in several kinds of pairs is said once
+    for row in rows:
+        for what in row.bad:
+            checks.setdefault(what, row.check)
+    if checks:
+        raise PreflightError([f"{check}: {what}" for what, check in checks.items()])
     return 0
 
 

@@ -62,18 +62,22 @@ def check_pairs(team: Team) -> list[Row]:
 
 
 def judge(meetings: list[Meeting], team: Team) -> list[Row]:
-    """Rows from what all ranks saw; a pair is as slow as the slower of its two ends says."""
+    """Rows from what all ranks saw; a pair is as slow as the slower of its two ends says.
+
+    Who is to blame is judged over all kinds together, so that a rank with one pair of each is seen to be in both.
+    """
+    seconds: dict[str, dict[tuple[int, int], float]] = {}
+    bad: dict[tuple[int, int], str] = {}
+    for meeting in meetings:
+        of_kind = seconds.setdefault(meeting.kind, {})
+        of_kind[meeting.pair] = max(of_kind.get(meeting.pair, 0.0), meeting.seconds)
+    for of_kind in seconds.values():
+        bad |= slow(of_kind, team.slow_share)
+    bad |= {meeting.pair: "wrong bytes arrive" for meeting in meetings if not meeting.is_right}
+    blamed = blame(bad, [pair for of_kind in seconds.values() for pair in of_kind], team.nodes)
     rows = []
-    for kind in dict.fromkeys(meeting.kind for meeting in meetings):
-        seconds: dict[tuple[int, int], float] = {}
-        wrong: dict[tuple[int, int], str] = {}
-        for meeting in meetings:
-            if meeting.kind == kind:
-                seconds[meeting.pair] = max(seconds.get(meeting.pair, 0.0), meeting.seconds)
-                if not meeting.is_right:
-                    wrong[meeting.pair] = "wrong bytes arrive"
-        bad = slow(seconds, team.slow_share) | wrong
-        speeds = sorted(team.payload_bytes / took / 1e9 for took in seconds.values())
-        words = f"{len(seconds)}, median {speeds[len(speeds) // 2]:.3g} GB/s each way, slowest {speeds[0]:.3g}"
-        rows.append(Row(kind, words, tuple(blame(bad, list(seconds), team.nodes))))
+    for kind, of_kind in seconds.items():
+        speeds = sorted(team.payload_bytes / took / 1e9 for took in of_kind.values())
+        words = f"{len(speeds)}, median {speeds[len(speeds) // 2]:.3g} GB/s each way, slowest {speeds[0]:.3g}"
+        rows.append(Row(kind, words, tuple(one.words for one in blamed if one.pairs & of_kind.keys())))
     return rows

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 
 @dataclass(frozen=True)
@@ -39,37 +39,51 @@ class Nodes:
         return f"ranks {', '.join(map(str, ranks))} on {hosts}"
 
 
-def blame(bad_pairs: Mapping[tuple[int, int], str], tested: Sequence[tuple[int, int]], nodes: Nodes) -> list[str]:
-    """Messages that explain every bad pair: a rank, or its whole node, if most of what it was tested with is bad.
+@dataclass(frozen=True)
+class Blame:
+    """One culprit in words, and the bad pairs that it explains."""
+
+    words: str
+    pairs: frozenset[tuple[int, int]]
+
+
+def blame(bad_pairs: Mapping[tuple[int, int], str], tested: Sequence[tuple[int, int]], nodes: Nodes) -> list[Blame]:
+    """What explains every bad pair: a rank, or its whole node, if most of what it was tested with is bad.
 
     bad_pairs: what is wrong, by pair (lower rank first). tested: all pairs. Greedy: the rank with the largest share of
     bad pairs is named first and its pairs are explained by it.
     """
     of_rank = Counter(rank for pair in tested for rank in pair)
-    left, culprits = dict(bad_pairs), []
+    left, culprits = dict(bad_pairs), dict[int, dict[tuple[int, int], str]]()
     while left:
         count = Counter(rank for pair in left for rank in pair)
         rank, number = max(count.items(), key=lambda item: (item[1] / of_rank[item[0]], item[1], -item[0]))
         if number < 2 or number * 2 <= of_rank[rank]:
             break
-        culprits.append((rank, number, next(what for pair, what in left.items() if rank in pair)))
+        culprits[rank] = {pair: what for pair, what in left.items() if rank in pair}
         left = {pair: what for pair, what in left.items() if rank not in pair}
     return [*_of_ranks(culprits, of_rank, nodes), *_of_pairs(left, nodes)]
 
 
-def _of_ranks(culprits: list[tuple[int, int, str]], of_rank: Mapping[int, int], nodes: Nodes) -> list[str]:
-    named = {rank for rank, _, _ in culprits}
+def _of_ranks(
+    culprits: Mapping[int, Mapping[tuple[int, int], str]], of_rank: Mapping[int, int], nodes: Nodes
+) -> list[Blame]:
     found = []
     for host, ranks in nodes.by_host.items():
-        mine = [culprit for culprit in culprits if culprit[0] in ranks]
-        if len(ranks) > 1 and named >= set(ranks):
-            found.append(f"node {host}: all its ranks ({', '.join(map(str, ranks))}): {mine[0][2]}")
+        mine = {rank: culprits[rank] for rank in ranks if rank in culprits}
+        if len(ranks) > 1 and len(mine) == len(ranks):
+            what = next(iter(mine[ranks[0]].values()))
+            words = f"node {host}: all its ranks ({', '.join(map(str, ranks))}): {what}"
+            found.append(Blame(words, frozenset(pair for pairs in mine.values() for pair in pairs)))
             continue
-        found += [f"{nodes.name(rank)}: {number} of its {of_rank[rank]} pairs: {what}" for rank, number, what in mine]
+        for rank, pairs in mine.items():
+            what = next(iter(pairs.values()))
+            words = f"{nodes.name(rank)}: {len(pairs)} of its {of_rank[rank]} pairs: {what}"
+            found.append(Blame(words, frozenset(pairs)))
     return found
 
 
-def _of_pairs(left: Mapping[tuple[int, int], str], nodes: Nodes) -> list[str]:
+def _of_pairs(left: Mapping[tuple[int, int], str], nodes: Nodes) -> list[Blame]:
     """Pairs that no single rank explains; those between the same two nodes as one."""
     by_hosts: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for a, b in left:
@@ -78,15 +92,16 @@ def _of_pairs(left: Mapping[tuple[int, int], str], nodes: Nodes) -> list[str]:
     for pairs in by_hosts.values():
         names = [f"{nodes.name(a)} and {nodes.name(b)}" for a, b in pairs[:4]]
         more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
-        found.append(f"between {'; '.join(names)}{more}: {left[pairs[0]]}")
+        found.append(Blame(f"between {'; '.join(names)}{more}: {left[pairs[0]]}", frozenset(pairs)))
     return found
 
 
 def slow(seconds: Mapping[tuple[int, int], float], share: float) -> dict[tuple[int, int], str]:
-    """The pairs that have less than `share` of the median pair's speed, and how much of it they have."""
-    if len(seconds) < 3:
-        return {}
-    middle = median(seconds.values())
+    """The pairs that have less than `share` of the median pair's speed, and how much of it they have.
+
+    Of an even number the faster of the middle two counts: of two pairs, the fast one shows what is possible.
+    """
+    middle = median_low(seconds.values())
     return {pair: f"{middle / took:.2g} of the median speed" for pair, took in seconds.items() if took * share > middle}
 
 
