@@ -50,17 +50,24 @@ def train(config: RunConfig) -> int:
                 code = _train(config, process, recorder, watchdog)
                 recorder.note(config.train.steps, "finished")
                 return code
-            except STOPPING as error:
+            except RuntimeError as error:
+                if is_lost_peer(error) and not isinstance(error, AgreedError):
+                    return _failed(_lost_peer(error, process, recorder, watchdog))
+                if not isinstance(error, STOPPING):
+                    raise
                 recorder.note(0, "failed")
                 return _failed(str(error))
-            except RuntimeError as error:
-                if not is_lost_peer(error):
-                    raise
-                where = recorder.step
-                recorder.note(where, "lost a peer")
-                suspects = watchdog.suspects()
-                reason = "; ".join(suspects) or str(error).splitlines()[0]
-                return _failed(f"rank {process.rank} lost a peer in step {where}: {reason}")
+
+
+def _lost_peer(error: RuntimeError, process: Process, recorder: Recorder, watchdog: Watchdog) -> str:
+    """Which rank is gone, from what all have last recorded, and what this one was waiting for."""
+    where = recorder.step
+    recorder.note(where, "lost a peer")
+    suspects, said = watchdog.suspects(), str(error).splitlines()[0]
+    reason = "; ".join(suspects)
+    if suspects and isinstance(error, STOPPING):
+        reason += f" ({said.partition(': [')[0]})"  # without the transport's own words
+    return f"rank {process.rank} lost a peer in step {where}: {reason or said}"
 
 
 def _train(config: RunConfig, process: Process, recorder: Recorder, watchdog: Watchdog) -> int:
