@@ -89,7 +89,7 @@ def test_everything_wrong_is_said_at_once(slurm: Path, capsys: pytest.CaptureFix
     ("memory", "words"),
     [
         ("1.5e9", "memory of pipeline rank 0, the fullest: 1.6 of 1.4 GiB, DOES NOT FIT"),
-        ("1e7", "one layer takes 0.0 GiB"),
+        ("1e5", "one layer takes 0.0 GiB"),
     ],
 )
 def test_memory_that_does_not_fit_is_refused_in_the_planners_words(
