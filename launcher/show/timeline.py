@@ -258,7 +258,7 @@ def timeline_text(
     lines.append(" " * prefix + "0" + last.rjust(columns - 1))
     shown = {(part.direction, part.kind) for row in rows for span in row for part in span_parts(span)}
     kinds = [kind for kind in ("F", "B", "I", "W") if any(shown_kind == kind for _, shown_kind in shown)]
-    lines += textwrap.wrap("  ".join([f"{kind} {KIND_NAMES[kind]}" for kind in kinds] + [". idle"]), width)
+    lines += textwrap.wrap("  ".join([f"{kind} {KIND_NAMES[kind]}" for kind in kinds] + ["- goes on", ". idle"]), width)
     if any(direction == 1 for direction, _ in shown):
         first, second = (ways.first, ways.second) if ways else ("enter at rank 0", None)
         lines += textwrap.wrap(f"CAPITALS {first}, small letters {second or 'at the last rank'}", width)

@@ -71,7 +71,7 @@ class _SwiGLULinear(torch.autograd.Function):
 
             ctx.sink.put(weight, add)
         grad_rows = grad_factors[0].view(row_weights.shape) if row_weights is not None else None
-        return grad_gate_up.view(*grad.shape[:-1], -1), grad_rows, None, None, None, None
+        return grad_gate_up.view(*grad.shape[:-1], grad_gate_up.shape[1]), grad_rows, None, None, None, None
 
 
 def _flat(row_weights: Tensor | None) -> Tensor | None:

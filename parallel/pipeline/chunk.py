@@ -293,7 +293,9 @@ class ModelChunk:
 
     def _leave(self, number: int) -> None:
         """The link's leaf has its gradient: hand it to the link before, or out of the stage."""
-        leaf_BSD = self._links.pop(number).hidden_BSD
+        link = self._links.pop(number)
+        leaf_BSD = link.hidden_BSD
+        link.graph = None  # under recomputation the graph's function knows the link: a cycle would keep all of it
         self._grad_BSD = None if leaf_BSD is None else leaf_BSD.grad
         if number == 0:
             self.input_grad, self._grad_BSD = self._grad_BSD, None

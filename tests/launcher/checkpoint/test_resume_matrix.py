@@ -21,7 +21,7 @@ from tests.launcher.live import SMALL, losses, run
 from tests.launcher.spine import config
 
 STEPS, BEFORE = 5, 2
-MODEL = replace(SMALL, num_hidden_layers=4, topk_group=2)  # two stages on each of two ranks; tokens for every rank
+MODEL = replace(SMALL, num_hidden_layers=4)  # two stages on each of two ranks
 PRECISIONS = ("fp32", "bf16", "fp8")
 
 

@@ -72,7 +72,7 @@ def test_timeline_text():
         "rank 1 ......F0----i0----w0----............W0----",
         "       0                                        7",
         "F forward  B backward  I input gradient  W weight",
-        "gradient  . idle",
+        "gradient  - goes on  . idle",
         "CAPITALS enter at rank 0, small letters at the",
         "last rank",
     ]

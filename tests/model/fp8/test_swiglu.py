@@ -29,6 +29,18 @@ def run(linear: Linear | GroupedLinear, gate_up: Tensor, weights: Tensor | None,
     return [tensor for tensor in found if tensor is not None]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_rows_at_all(fused: bool) -> None:
+    """A rank whose experts nobody chose."""
+    counts = (0, 0)
+    linear = layer_of(counts, 96, 160, torch.bfloat16)
+    gate_up, grad = torch.zeros(0, 320, dtype=torch.bfloat16), torch.zeros(0, 96, dtype=torch.bfloat16)
+    recipe = FP8Recipe(Scales.POWER_OF_TWO, exact=True)
+    y, grad_gate_up, main, grad_weights = run(linear, gate_up, torch.zeros(0), counts, grad, recipe, fused=fused)
+    assert (y.shape, grad_gate_up.shape, grad_weights.shape) == ((0, 96), (0, 320), (0,))
+    assert not main.any()
+
+
 @pytest.mark.parametrize("counts", [None, (70, 0, 58)])
 @pytest.mark.parametrize("scales", Scales)
 def test_is_the_separate_steps_at_the_rounded_input(scales: Scales, counts: tuple[int, ...] | None) -> None:
