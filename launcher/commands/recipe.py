@@ -21,7 +21,7 @@ def recipe_command(argv: list[str]) -> int:
     from launcher.check.run import checked
 
     # a recipe can be read where the GPUs are not
-    found = phases(checked([*args.overrides, "train.device=auto"], with_data=False))
+    found = phases(checked(args.overrides, with_data=False, here=False))
     if args.json:
         print(json.dumps({"phases": [as_dict(phase) for phase in found]}))
     else:
