@@ -24,7 +24,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse_rms = ctx.saved_tensors
         gradient = ctx.rowwise.rms_norm_backward(x.flatten(0, -2), weight, inverse_rms, grads[0].flatten(0, -2))
         if ctx.needs_input_grad[1]:
-            ctx.sink.put(weight, lambda acc: acc.add_(gradient.weight))
+            grad_weight = gradient.weight  # alone: what is put off must not hold the other one
+            ctx.sink.put(weight, lambda acc: acc.add_(grad_weight))
         return gradient.x.view(x.shape), None, None, None, None
 
 

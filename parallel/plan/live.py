@@ -180,7 +180,8 @@ class Stage:
 
     def _logits(self, front: Front) -> float:
         whole = 4 * self.s.tokens * self.s.model.vocab_size
-        return 2 * min(whole, self.s.logits_bytes) if front.heads else 0.0
+        chunks = 1 if self.s.element == 4 else 2  # probabilities; the logits too where they must be widened first
+        return chunks * min(whole, self.s.logits_bytes) if front.heads else 0.0
 
     def _projected(self) -> float:
         """Queries, keys and values as they come from their projections."""
