@@ -11,6 +11,7 @@ from launcher.config import RunConfig, compose
 
 VOCAB_SIZE = 4096
 PROMPT = "def main():\n"
+RECORDED = ("train.record_actions_every=35",)  # a few steps as they really ran, for the page
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -23,7 +24,7 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=50")
     arguments = parser.parse_intermixed_args(argv)
     name = "demo" if arguments.corpus == "stdlib" else f"demo-{arguments.corpus}"
-    overrides = ["experiment=tiny", f"data={arguments.corpus}", f"name={name}", *arguments.overrides]
+    overrides = ["experiment=tiny", f"data={arguments.corpus}", f"name={name}", *RECORDED, *arguments.overrides]
     config = compose(overrides)
 
     from data.prepare import prepare
@@ -59,6 +60,7 @@ def evaluate(config: RunConfig, heldout: Path) -> dict[str, Any]:
     from data.tokens import Manifest, TokenFile
     from launcher.checkpoint.state import TOKENIZER, find
     from launcher.commands.generate import sample
+    from launcher.commands.report import report
     from launcher.inference import heldout_nats, load_model
     from launcher.record.events import read
     from launcher.show.pictures import loss_curve
@@ -105,6 +107,7 @@ def evaluate(config: RunConfig, heldout: Path) -> dict[str, Any]:
         "sample": PROMPT + text,
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (run_dir / "report.html").write_text(report(run_dir), encoding="utf-8")
     return summary
 
 
@@ -125,6 +128,7 @@ def _report(config: RunConfig, summary: dict[str, Any]) -> None:
     speed, seconds = summary["tokens_per_second"], summary["training_seconds"]
     print(f"\n     {summary['tokens']:,} tokens in {seconds:.0f} s of steps, {speed:,.0f} tokens/s (median)")
     for name, what in (
+        ("report.html", "all of it on one page, for a browser"),
         ("loss.png", "loss curve, learning rate, gradient norm, expert load"),
         ("schedule.png", "the schedule that ran, from its action lists"),
         ("summary.json", "these figures"),

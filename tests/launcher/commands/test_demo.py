@@ -31,7 +31,7 @@ def test_demo_trains_reports_and_resumes(tmp_path: Path) -> None:
     assert first["tokens"] == 6 * 16 * 256
     assert float(str(first["loss_last"])) < float(str(first["loss_first"])) < 9
     assert 0 < float(str(first["xz_bits_per_byte"])) < float(str(first["unigram_bits_per_byte"])) < 8
-    for picture in ("loss.png", "schedule.png"):
+    for picture in ("loss.png", "schedule.png", "report.html"):
         assert (tmp_path / "runs/demo" / picture).stat().st_size > 10_000
     printed, second = demo(tmp_path, 8)
     assert "resumed after step 6" in printed
