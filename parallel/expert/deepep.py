@@ -22,6 +22,7 @@ from torch.cuda import nccl
 from model.dispatch import Combined, Dispatched, Permutation, gather_rows, gather_scalars, return_scalars
 from model.fp8.formats import TILE_SIZE, exponents_to_scales
 from parallel.expert.kernels import rows
+from parallel.expert.wire import GRADIENT_QUANTISER, QUANTISER
 
 T = TypeVar("T")
 
@@ -244,7 +245,9 @@ class DeepEPDispatcher:
             self._check_tokens(x_TD, ids_TK, weights_TK)
             return self._first(x_TD, ids_TK, weights_TK)
         self._check_rows("x_TD", x_TD, handle.num_tokens)
-        arrived, event = self._again(self._pack(x_TD, self._wires[1]), handle.native)
+        arrived, event = self._again(
+            self._pack(x_TD, self._wires[1], amax_floor=GRADIENT_QUANTISER.amax_floor), handle.native
+        )
 
         def finish() -> Dispatched:
             rows_RD = gather_rows(self._unpack(arrived), handle.permutation)
@@ -301,10 +304,12 @@ class DeepEPDispatcher:
         result = self._buffer.dispatch(packed, handle=native, **arguments)
         return result[0], result[-1]
 
-    def _pack(self, x_TD: Tensor, wire: str) -> Tensor | tuple[Tensor, Tensor]:
+    def _pack(
+        self, x_TD: Tensor, wire: str, *, amax_floor: float = QUANTISER.amax_floor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if wire == "bf16":
             return x_TD.contiguous()
-        quantised = rows.quantise(x_TD, backend=self._kernels)
+        quantised = rows.quantise(x_TD, amax_floor=amax_floor, backend=self._kernels)
         return quantised.values_RD, exponents_to_scales(quantised.exponents_RG)
 
     def _unpack(self, arrived: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -13,9 +13,9 @@ def gather(x_TD: Tensor, source_R: Tensor) -> Tensor:
     return x_TD.index_select(0, source_R)
 
 
-def quantise(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(x_RD: Tensor, amax_floor: float) -> tuple[Tensor, Tensor]:
     """See `rows.quantise`: the model's own quantiser."""
-    quantised = Quantiser(Tile.ROW).quantise(x_RD)
+    quantised = Quantiser(Tile.ROW, amax_floor=amax_floor).quantise(x_RD)
     return quantised.values, quantised.scales
 
 

@@ -5,7 +5,8 @@ for `triton` where it is not installed, or with tensors that it cannot reach, ra
 
 An FP8 row is E4M3 values and, for every tile of 1 x 128 columns (the last may be shorter), one byte e that stands for
 the scale 2^(e - 127): the least power of two of at least amax / 448, amax taken to be at least 1e-4 (report section
-3.3.2, with scales a power of two as the report has them for dispatch). A tile with NaN or infinity has e = 255 and NaN
+3.3.2, with scales a power of two as the report has them for dispatch) or another floor; of a tile of zeros without a
+floor the scale is 1. A tile with NaN or infinity has e = 255 and NaN
 throughout, so that neither is lost on the way.
 """
 
@@ -15,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.fp8.formats import num_strips
+from model.fp8.formats import AMAX_FLOOR, num_strips
 from parallel.expert.kernels import reference
 
 BACKENDS = ("torch", "triton")
@@ -43,12 +44,12 @@ def gather(x_TD: Tensor, source_R: Tensor, *, backend: str) -> Tensor:
     return kernels.gather(x_TD.contiguous(), source_R.contiguous())
 
 
-def quantise(x_RD: Tensor, *, backend: str) -> QuantisedRows:
-    """Rows of BF16 or FP32 as FP8, rounded to nearest, ties to even."""
+def quantise(x_RD: Tensor, *, amax_floor: float = AMAX_FLOOR, backend: str) -> QuantisedRows:
+    """Rows of BF16 or FP32 as FP8, rounded to nearest, ties to even; amax_floor: 0 for gradients, which it would flush."""
     kernels = _kernels(backend, x_RD)
     fits = x_RD.ndim == 2 and x_RD.dtype in (torch.bfloat16, torch.float32)
     _require(fits, "x_RD", x_RD, "bfloat16 or float32 [R, D]")
-    return QuantisedRows(*kernels.quantise(x_RD.contiguous()))
+    return QuantisedRows(*kernels.quantise(x_RD.contiguous(), amax_floor))
 
 
 def dequantise(rows: QuantisedRows, *, dtype: torch.dtype, backend: str) -> Tensor:

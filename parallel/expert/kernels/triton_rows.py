@@ -5,6 +5,8 @@ carries in its casts to E4M3, truncates casts to BF16 and adds BF16 wrongly; wit
 bits there, on a GPU and in the plain twin. Products are not fused with sums, for the same reason.
 """
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -83,8 +85,10 @@ def gather_kernel(x, source, out, num_words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantise_kernel(x, codes, exponents, hidden, num_tiles, IS_BF16: tl.constexpr, TILES: tl.constexpr):
-    """One program: TILES tiles of one row."""
+def quantise_kernel(
+    x, codes, exponents, hidden, num_tiles, IS_BF16: tl.constexpr, FLOOR: tl.constexpr, TILES: tl.constexpr
+):
+    """One program: TILES tiles of one row. FLOOR: the bits of the least amax as FP32."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     column = tile[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -92,9 +96,10 @@ def quantise_kernel(x, codes, exponents, hidden, num_tiles, IS_BF16: tl.constexp
     value = _load(x + row * hidden + column, mask, IS_BF16)
     # Sizes of floats are ordered as their bits are, NaN above infinity above all: no float maximum that may drop NaN.
     amax = tl.max((value.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32), axis=1)
-    amax = tl.maximum(amax, 0x38D1B717)  # 1e-4
+    amax = tl.maximum(amax, FLOOR)
     # 448 is 1.75 * 2^8: the least exponent e with amax <= 448 * 2^e is amax's own less 8, or less 7 above 1.75.
     exponent = (amax >> 23) - 8 + ((amax & 0x7FFFFF) > 0x600000).to(tl.int32)
+    exponent = tl.where(amax == 0, 127, tl.maximum(exponent, 1))  # no scale is subnormal
     is_bad = amax >= 0x7F800000
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     code = tl.where(is_bad[:, None], 0x7F, e4m3_bits(value * inverse[:, None]).to(tl.int32)).to(tl.uint8)
@@ -153,7 +158,7 @@ def gather(x_TD: Tensor, source_R: Tensor) -> Tensor:
     return out
 
 
-def quantise(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(x_RD: Tensor, amax_floor: float) -> tuple[Tensor, Tensor]:
     """See `rows.quantise`."""
     num_rows, hidden = x_RD.shape
     num_tiles, tiles = triton.cdiv(hidden, TILE_SIZE), COLUMNS // TILE_SIZE
@@ -163,7 +168,10 @@ def quantise(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     if codes_RD.numel():
         source = x_RD.view(torch.uint16) if is_bf16 else x_RD
         grid = (num_rows, triton.cdiv(num_tiles, tiles))
-        quantise_kernel[grid](source, codes_RD, exponents_RG, hidden, num_tiles, IS_BF16=is_bf16, TILES=tiles)
+        (floor,) = struct.unpack("<i", struct.pack("<f", amax_floor))
+        quantise_kernel[grid](
+            source, codes_RD, exponents_RG, hidden, num_tiles, IS_BF16=is_bf16, FLOOR=floor, TILES=tiles
+        )
     return codes_RD.view(torch.float8_e4m3fn), exponents_RG
 
 

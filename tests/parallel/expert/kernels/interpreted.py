@@ -25,8 +25,8 @@ HIDDENS = [1, 3, 64, 128, 129, 1024, 1100]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy tells of overflow, which a GPU does not
 
 
-def both(x_RD: torch.Tensor) -> tuple[rows.QuantisedRows, rows.QuantisedRows]:
-    return rows.quantise(x_RD, backend="torch"), rows.quantise(x_RD, backend="triton")
+def both(x_RD: torch.Tensor, **floor: float) -> tuple[rows.QuantisedRows, rows.QuantisedRows]:
+    return rows.quantise(x_RD, backend="torch", **floor), rows.quantise(x_RD, backend="triton", **floor)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,13 @@ def test_every_bf16_rounds_to_e4m3_as_torch_does() -> None:
 def test_every_bf16_at_its_own_scale() -> None:
     assert same(*both(wide(every_bf16())))
     assert same(*both(wide(every_bf16().float())))
+
+
+def test_without_a_floor_small_gradients_keep_their_scale() -> None:
+    for x_RD in (wide(every_bf16()), wide(every_bf16().float()), torch.zeros(1, 1024), torch.full((1, 1024), 1e-40)):
+        assert same(*both(x_RD, amax_floor=0.0))
+    plain, _ = both(torch.full((1, 1024), 2.0**-30), amax_floor=0.0)
+    assert plain.values_RD.float().min() == 256
 
 
 def test_scales_at_every_edge() -> None:
