@@ -245,9 +245,8 @@ class DeepEPDispatcher:
             self._check_tokens(x_TD, ids_TK, weights_TK)
             return self._first(x_TD, ids_TK, weights_TK)
         self._check_rows("x_TD", x_TD, handle.num_tokens)
-        arrived, event = self._again(
-            self._pack(x_TD, self._wires[1], amax_floor=GRADIENT_QUANTISER.amax_floor), handle.native
-        )
+        packed = self._pack(x_TD, self._wires[1], amax_floor=GRADIENT_QUANTISER.amax_floor)
+        arrived, event = self._again(packed, handle.native)
 
         def finish() -> Dispatched:
             rows_RD = gather_rows(self._unpack(arrived), handle.permutation)

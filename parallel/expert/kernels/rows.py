@@ -45,7 +45,7 @@ def gather(x_TD: Tensor, source_R: Tensor, *, backend: str) -> Tensor:
 
 
 def quantise(x_RD: Tensor, *, amax_floor: float = AMAX_FLOOR, backend: str) -> QuantisedRows:
-    """Rows of BF16 or FP32 as FP8, rounded to nearest, ties to even; amax_floor: 0 for gradients, which it would flush."""
+    """Rows of BF16 or FP32 as FP8, rounded to nearest, ties to even; amax_floor: 0 for gradients, else flushed."""
     kernels = _kernels(backend, x_RD)
     fits = x_RD.ndim == 2 and x_RD.dtype in (torch.bfloat16, torch.float32)
     _require(fits, "x_RD", x_RD, "bfloat16 or float32 [R, D]")

@@ -15,9 +15,10 @@ from triton.compiler import ASTSource
 
 from parallel.expert.kernels import triton_rows as kernels
 
+FLOOR = 0x38D1B717  # the bits of 1e-4
 CASES = {
     "gather": (kernels.gather_kernel, "*i32 *i64 *i32 i32", {"BLOCK": 1024}),
-    "quantise_bf16": (kernels.quantise_kernel, "*u16 *u8 *u8 i32 i32", {"IS_BF16": True, "FLOOR": 0x38D1B717, "TILES": 8}),
+    "quantise_bf16": (kernels.quantise_kernel, "*u16 *u8 *u8 i32 i32", {"IS_BF16": True, "FLOOR": FLOOR, "TILES": 8}),
     "quantise_fp32": (kernels.quantise_kernel, "*fp32 *u8 *u8 i32 i32", {"IS_BF16": False, "FLOOR": 0, "TILES": 8}),
     "dequantise_bf16": (kernels.dequantise_kernel, "*u8 *u8 *u16 i32 i32", {"TO_BF16": True, "TILES": 8}),
     "dequantise_fp32": (kernels.dequantise_kernel, "*u8 *u8 *fp32 i32 i32", {"TO_BF16": False, "TILES": 8}),
