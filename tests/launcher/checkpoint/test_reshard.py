@@ -131,9 +131,12 @@ def test_each_rank_opens_its_own_shard_alone(straight: Straight, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["experts over four data ranks", "four stages"])
-def test_no_rank_reads_the_model(straight: Straight, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("experts over four data ranks", 0.4), ("four stages", 0.55)],  # head and MTP are half of this model
+)
+def test_no_rank_reads_the_model(straight: Straight, tmp_path: Path, name: str, most: float) -> None:
     reads = run_distributed(4, reading, other_layout(straight, name, tmp_path), str(straight.step(3)))
     total = stored_bytes(straight.step(3))
-    assert max(read.tensor_bytes for read in reads) < 0.4 * total
-    assert sum(read.tensor_bytes for read in reads) == pytest.approx(total, rel=0.05)
+    assert max(read.tensor_bytes for read in reads) < most * total
+    assert sum(read.tensor_bytes for read in reads) == pytest.approx(total, rel=0.05)  # and nothing twice

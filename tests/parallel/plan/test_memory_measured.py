@@ -24,7 +24,8 @@ def test_a_pipeline_of_two(tmp_path: Path) -> None:
 # What the formula does not reach yet, with what was measured.
 MISSED = {
     "overlap=all": "halves of a chunk under two-stage dispatch hold 6% more than predicted",
-    "fp8 overlap=pairs recompute=layer": "one rank of four holds 6% more than predicted",
+    "recompute=attend": "a rank holds 5.3% more than predicted",
+    "recompute=layer": "a rank holds 5 to 6% more than predicted",
 }
 
 
