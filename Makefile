@@ -48,7 +48,7 @@ test: setup
 	$(PYTHON) -m pytest -n $(TEST_JOBS)
 
 test-slow: setup
-	$(PYTHON) -m pytest -m "slow and not gpu"
+	$(PYTHON) -m pytest -n $(TEST_JOBS) --dist loadfile -m "slow and not gpu"
 
 test-exhaustive: setup
 	$(PYTHON) -m pytest -m "exhaustive and not gpu"

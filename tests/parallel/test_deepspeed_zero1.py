@@ -58,15 +58,21 @@ def found(python: Path, case: str, folder: Path) -> dict[str, Any]:
     return json.loads(run_there(python, "tests.parallel.deepspeed_program", case, str(folder)).splitlines()[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["1f1b", "dualpipe", "offload"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("1f1b", marks=pytest.mark.exhaustive),
+        pytest.param("dualpipe", marks=pytest.mark.slow),
+        pytest.param("offload", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_three_steps_are_those_of_our_zero1(deepspeed: Path, tmp_path: Path, case: str) -> None:
     result = found(deepspeed, case, tmp_path)
     assert result.pop("biases_equal")
     assert max(result.values()) <= BOUND, result
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_buckets_of_several_groups_a_step_not_taken_and_offload(deepspeed: Path, tmp_path: Path) -> None:
     """Exact within ours; DeepSpeed sums three ranks in another order, one rounding of gradients of up to 6."""
     result = found(deepspeed, "buckets", tmp_path)
@@ -83,7 +89,7 @@ def test_a_checkpoint_of_either_is_the_others(deepspeed: Path, tmp_path: Path) -
         assert result["steps"] == [2, 3] and 0 < result["loss"] < result["loss_before"] + 1, name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_masters_in_host_memory_under_deepspeeds_cpu_adam(deepspeed: Path, tmp_path: Path) -> None:
     result = found(deepspeed, "cpu_adam", tmp_path)
     assert result["grad"] < 1e-4 and result["weight"] < 1e-5 and result["loss"] < 1e-5, result

@@ -27,7 +27,7 @@ def test_logs_of_other_steps_are_refused() -> None:
         gap(log([1.0]), log([1.0, 2.0]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fp8_follows_bf16_on_real_text(tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert main(["prepare", "--corpus", "stdlib", "--vocab-size", "1024", "--out", str(data)]) == 0

@@ -35,7 +35,7 @@ def marked(case: Case) -> Any:
     return pytest.param(case, marks=pytest.mark.xfail(reason=reasons[0])) if reasons else case
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [marked(case) for case in CASES], ids=lambda case: case.name.replace(" ", "-"))
 def test_every_schedule_precision_and_recomputation(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
