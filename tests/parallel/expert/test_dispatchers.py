@@ -107,7 +107,8 @@ def test_the_default_is_collective_in_code_and_files() -> None:
     assert ParallelConfig().dispatcher == "collective"
     for path in (Path(__file__).parents[3] / "configs" / "parallel").glob("*.yaml"):
         parallel = yaml.safe_load(path.read_text())
-        assert (parallel["dispatcher"], parallel["num_sms"]) == ("collective", ParallelConfig().num_sms), path.name
+        dispatcher = "flat" if path.stem == "tiny_dualpipe" else "collective"  # the demo's: one node, cheaper there
+        assert (parallel["dispatcher"], parallel["num_sms"]) == (dispatcher, ParallelConfig().num_sms), path.name
 
 
 def test_the_check_of_a_run_says_the_same() -> None:
