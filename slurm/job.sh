@@ -31,6 +31,8 @@ check_run() {
     RANK=0 WORLD_SIZE=$processes python -m launcher train --check "$@" || exit
     run_dir=$(python -m launcher train --print-config "$@" | sed -n 's/^run_dir: //p')
     checkpoint_before=$(newest_checkpoint)
+    # beside the ranks' stacks, instead of in a cache folder of each node (see env.sh)
+    export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$(realpath -m "$run_dir")/ranks/collectives_rank}"
 }
 
 # A signal to this shell (USR1 before the time limit, TERM at preemption) is handed to the tasks, if there are any yet.

@@ -92,6 +92,12 @@ class _Ours:
         dist.barrier()
         began = time.perf_counter()
         self.copy.begin(list(self.tensors.values()))
+        begun = time.perf_counter()
+        time.sleep(step_seconds)
+        before_update = time.perf_counter()
+        self.copy.wait()
+        stall = begun - began + time.perf_counter() - before_update
+        dist.barrier()  # the boundary of the step, at which the ranks learn that all copies are there
 
         def write() -> None:
             run_behind()
@@ -99,11 +105,7 @@ class _Ours:
 
         thread = threading.Thread(target=write)
         thread.start()
-        begun = time.perf_counter()
-        time.sleep(step_seconds)
-        before_update = time.perf_counter()
-        self.copy.wait()
-        return begun - began + time.perf_counter() - before_update, thread.join
+        return stall, thread.join
 
     def load(self, path: Path, readers: int) -> None:
         """Verified, each of the first `readers` ranks its part of every tensor; each file's checksum is read once."""

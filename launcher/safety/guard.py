@@ -151,12 +151,17 @@ class Safety:
     def after_step(self) -> int | None:
         """What is due after a step; the exit code if the run ends here, None if it goes on.
 
-        AgreedError when a save failed on any rank, RollbackError when going back does not help.
+        AgreedError when a save failed on any rank or another job has the folder, RollbackError when going back does
+        not help.
         """
         run = self._run
         if self.spikes.spike is not None and self._on_spike(self.spikes.spike):
             return None
-        stop, busy = highest(run.groups.world, run.process.device, self._signals.received, int(self._saver.busy))
+        lost = self._lock is not None and self._lock.lost
+        mine = (self._signals.received, int(self._saver.busy), int(lost))
+        stop, busy, taken_over = highest(run.groups.world, run.process.device, *mine)
+        if taken_over:
+            agreed(run, self._lock.require if self._lock is not None else lambda: None)
         self._tell(self._saver.advance(any_busy=bool(busy)))
         every, last = run.config.train.checkpoint_every, run.progress.step >= run.config.train.steps
         end = exhausted(run)

@@ -1,8 +1,10 @@
 """One job per run folder: a lock file with a heartbeat, which works on shared file systems and outlives a dead node.
 
-The owner rewrites a counter in the file every few seconds. Whoever finds a lock looks at its owner: a process of this
-machine that is gone, or an earlier start of the same Slurm job, holds nothing; any other owner is watched, and if the
-counter stands still for long enough the lock is taken over. Clocks of two machines are never compared.
+The lock says who owns it and is never written again; beside it the owner counts in a file of its own (`lock.TOKEN`)
+every few seconds, so that an owner that wakes up late cannot write over its successor's lock. Whoever finds a lock
+looks at its owner: a process of this machine that is gone, or an earlier start of the same Slurm job, holds nothing;
+any other owner is watched, and if its counter stands still for long enough the lock is taken over. An owner that has
+lost its lock learns of it within one beat, and its run ends. Clocks of two machines are never compared.
 """
 
 import contextlib
@@ -38,7 +40,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and str(value.get("token")).isalnum() else None
+
+
+def _is_missing(path: Path) -> bool:
+    """Not just for the moment in which somebody moves it away and puts it back."""
+    if path.exists():
+        return False
+    time.sleep(0.2)
+    return not path.exists()
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
@@ -60,7 +70,6 @@ class RunLock:
         self.path = folder / LOCK
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds
         self._token = uuid.uuid4().hex
-        self._beats = 0
         self._ended = threading.Event()
         self._lost: str | None = None
         self._thread: threading.Thread | None = None
@@ -68,12 +77,13 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock and keep it alive. RunLockError when another job holds it, after watching its heartbeat."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            self._wait_for_owner()
-            aside = self.path.with_name(f"{LOCK}.{self._token}")
-            with contextlib.suppress(FileNotFoundError):
-                self.path.rename(aside)  # one of several that wait wins; the others find the winner's lock
-                aside.unlink()
+        self._beat_path(self._token).write_text("0")
+        try:
+            while not self._create():
+                self._take_away(self._wait_for_owner())
+        except BaseException:
+            self._beat_path(self._token).unlink(missing_ok=True)
+            raise
         self._thread = threading.Thread(target=self._keep, daemon=True, name="run lock")
         self._thread.start()
 
@@ -85,8 +95,16 @@ class RunLock:
             "host": os.uname().nodename,
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
-            "beats": self._beats,
         }
+
+    def _beat_path(self, token: object) -> Path:
+        return self.path.with_name(f"lock.{token}")
+
+    def _beats(self, owner: dict[str, Any]) -> str | None:
+        try:
+            return self._beat_path(owner.get("token")).read_text()
+        except OSError:
+            return None
 
     def _create(self) -> bool:
         """A link to a whole file: no reader ever sees half a lock."""
@@ -100,49 +118,80 @@ class RunLock:
             draft.unlink()
         return True
 
-    def _wait_for_owner(self) -> None:
-        """Return when the lock that is there holds nothing any more; RunLockError as soon as it shows life."""
+    def _wait_for_owner(self) -> dict[str, Any] | None:
+        """Return when the lock that is there holds nothing any more, with it; RunLockError as soon as it shows life."""
         first = _read(self.path)
+        beats = self._beats(first) if first is not None else None
         deadline = time.monotonic() + self._stale_seconds
         while first is not None and not _is_gone(first):
             time.sleep(min(self._beat_seconds, 0.5))
             now = _read(self.path)
             if now is None or now.get("token") != first.get("token"):
-                return
-            if now.get("beats") != first.get("beats"):
+                break
+            if self._beats(first) != beats:
                 job = f", job {now['job']}" if now.get("job") else ""
                 raise RunLockError(
                     f"{self.path}: process {now.get('pid')} on {now.get('host')}{job} is working in this folder: "
                     f"stop it, or set another run_dir"
                 )
             if time.monotonic() > deadline:
-                return
+                break
+        return first
+
+    def _take_away(self, watched: dict[str, Any] | None) -> None:
+        """Remove the lock that was watched; that of somebody who waited too and was faster is put back."""
+        aside = self.path.with_name(f"{LOCK}.{self._token}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return
+        found = _read(aside)
+        if found != watched:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+        elif found is not None:
+            self._beat_path(found.get("token")).unlink(missing_ok=True)
+        aside.unlink()
 
     def _keep(self) -> None:
-        draft = self.path.with_name(f".{LOCK}.{self._token}")
+        beats = 0
         while not self._ended.wait(self._beat_seconds):
-            owner = _read(self.path)
-            if owner is None or owner.get("token") != self._token:
-                self._lost = "nobody" if owner is None else f"process {owner.get('pid')} on {owner.get('host')}"
+            if self._successor() is not None:
                 return
-            self._beats += 1
+            beats += 1
             with contextlib.suppress(OSError):  # a full disk: the lock grows stale, which `require` does not hide
-                draft.write_text(json.dumps(self._owner()))
-                draft.replace(self.path)
+                self._beat_path(self._token).write_text(str(beats))
+
+    def _successor(self) -> str | None:
+        """Who has taken the lock over, if anybody has; once lost, it stays lost."""
+        if self._lost is None:
+            owner = _read(self.path)
+            if owner is not None and owner.get("token") != self._token:
+                self._lost = f"process {owner.get('pid')} on {owner.get('host')}"
+            elif owner is None and _is_missing(self.path):
+                self._lost = "nobody"
+        return self._lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether another job was found to have taken the folder over; reads nothing, see `require`."""
+        return self._lost is not None
 
     def require(self) -> None:
         """RunLockError when another job has taken the folder over, as after a stop of this process for a while."""
-        owner = _read(self.path)
-        if self._lost is None and owner is not None and owner.get("token") != self._token:
-            self._lost = f"process {owner.get('pid')} on {owner.get('host')}"
-        if self._lost is not None:
-            raise RunLockError(f"{self.path}: the lock of this run now belongs to {self._lost}; nothing is written")
+        successor = self._successor()
+        if successor is not None:
+            raise RunLockError(
+                f"{self.path}: the lock of this run now belongs to {successor}: this process was silent for "
+                f"{self._stale_seconds:g} s, or its job was started again; nothing more is written"
+            )
 
     def release(self) -> None:
         """Give the lock up; a lock that another has taken over stays."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
+        self._beat_path(self._token).unlink(missing_ok=True)
         owner = _read(self.path)
         if owner is not None and owner.get("token") == self._token:
             self.path.unlink(missing_ok=True)

@@ -131,8 +131,12 @@ class Cluster:
         self.run(*f"ip link set {_port(name)} down".split(), node="switch")
         self.run(sys.executable, __file__, "kill", str(self.folder), name, node="head")
 
+    def lose_daemon(self, name: str) -> None:
+        """Kill a node's slurmd and nothing else: its job's processes live on, and the network too."""
+        self.run("sh", "-c", f"kill -9 $(cat {self.folder}/run/slurmd.{name}.pid)")
+
     def mend(self, name: str) -> None:
-        """Bring a lost node back."""
+        """Bring a lost node back, or its slurmd."""
         self.run(*f"ip link set {_port(name)} up".split(), node="switch")
         command = shlex.join(["setsid", *_slurmd(self.folder, name)])
         self.run("sh", "-c", f"{command} </dev/null >/dev/null 2>&1 &", node=name)
@@ -301,7 +305,7 @@ def _runs(pid: int) -> bool:
 def main() -> int:
     """The command line; see the head of this file."""
     parser = argparse.ArgumentParser(prog="cluster.py", description="A Slurm cluster on one machine, for tests.")
-    parser.add_argument("what", choices=("start", "stop", "run", "lose", "mend", "serve", "kill"))
+    parser.add_argument("what", choices=("start", "stop", "run", "lose", "lose_daemon", "mend", "serve", "kill"))
     parser.add_argument("folder", type=lambda text: Path(text).resolve())
     parser.add_argument("words", nargs="*", help="a command, or a node")
     parser.add_argument("--nodes", type=int, default=4)

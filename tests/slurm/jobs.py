@@ -27,6 +27,7 @@ RUN = [
 RANKS = {4: "parallel.pipeline=2", 2: "parallel.pipeline=1"}
 NODES_4X1 = ["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2"]
 NODES_2X2 = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
+NODES_1X2 = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
 NODES_2X1 = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2"]
 
 
@@ -64,6 +65,11 @@ class Job:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
     @property
+    def nodes(self) -> list[str]:
+        """Where it runs, the node of its batch shell first."""
+        return self.cluster.run("scontrol", "show", "hostnames", self.facts["NodeList"]).stdout.split()
+
+    @property
     def losses(self) -> dict[int, float]:
         """Loss by step."""
         return losses(self.run_dir)
@@ -95,3 +101,8 @@ def sbatch(cluster: Cluster, script: str, options: list[str], words: list[str], 
     command = ["sbatch", "--parsable", *options, f"--export={exports}", f"--output={run_dir}/slurm-%j.log"]
     number = int(cluster.run(*command, f"slurm/{script}.sbatch", *words).stdout)
     return Job(cluster, number, run_dir, run_dir / f"slurm-{number}.log")
+
+
+def ranks_of(cluster: Cluster, run_dir: Path) -> set[str]:
+    """Numbers of the processes of a run, on all nodes."""
+    return set(cluster.run("pgrep", "-f", f"launcher train.*run_dir={run_dir}", check=False).stdout.split())

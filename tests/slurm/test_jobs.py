@@ -1,5 +1,6 @@
 """The repository's own job scripts under a real Slurm: what they compute, and that they go on by themselves."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from launcher.network import LINK, missing, network
 from slurm.test_cluster.cluster import ROOT, Cluster
 from tests.launcher.live import losses
 from tests.slurm.conftest import STEPS, STEPS_4, Straight
-from tests.slurm.jobs import NODES_2X1, NODES_2X2, NODES_4X1, Job, overrides, sbatch
+from tests.slurm.jobs import NODES_1X2, NODES_2X1, NODES_2X2, NODES_4X1, Job, overrides, ranks_of, sbatch
 
 pytestmark = pytest.mark.slow
 
@@ -66,20 +67,50 @@ def test_before_the_time_limit_it_requeues_and_a_cancelled_job_stays_ended(
     assert len(seen) > 2 and seen == {step: straight.losses[step] for step in seen}
 
 
-def test_a_lost_node_is_replaced_unattended(cluster: Cluster, straight: Straight, tmp_path: Path) -> None:
-    """The node is cut off and all on it killed: slurmd, step, ranks. Nobody is told, nobody starts anything again."""
+@pytest.mark.parametrize("which", [1, 0], ids=["second-node", "batch-host"])
+def test_a_lost_node_is_replaced_unattended(cluster: Cluster, straight: Straight, tmp_path: Path, which: int) -> None:
+    """The node is cut off and all on it killed: slurmd, step, ranks; on the first one the batch shell, srun and rank 0
+    too. Nobody is told, nobody starts anything again.
+    """
     words = overrides(straight.prefix, tmp_path, steps=STEPS)
     job = sbatch(cluster, "train", NODES_2X1, ["train.silent_rank_seconds=5", *words], tmp_path)
     job.until_step(7)
-    lost = cluster.run("scontrol", "show", "hostnames", job.facts["NodeList"]).stdout.split()[1]
+    lost = job.nodes[which]
     cluster.lose(lost)
     try:
         assert job.end(150) == "COMPLETED", job.log
     finally:
         cluster.mend(lost)
     assert job.facts["Restarts"] == "1" and "resumed after step" in job.log
-    assert lost not in cluster.run("scontrol", "show", "hostnames", job.facts["NodeList"]).stdout.split()
+    assert lost not in job.nodes
     assert job.losses == straight.losses
+
+
+def test_a_job_whose_slurmd_died_runs_once(cluster: Cluster, straight: Straight, tmp_path: Path) -> None:
+    """Its processes live on, with the network and the lock of the run, while Slurm starts the job again elsewhere: the
+    first start must end by itself, and nothing that it does may show in the run.
+    """
+    words = overrides(straight.prefix, tmp_path, steps=10**6)
+    job = sbatch(cluster, "train", NODES_1X2, words, tmp_path)
+    job.until_step(7)
+    (lost,) = job.nodes
+    first = ranks_of(cluster, tmp_path)
+    assert len(first) >= 2
+    cluster.lose_daemon(lost)
+    try:
+        job.until("resumed elsewhere", lambda: "resumed after step" in job.log, 150)
+        job.until("first start gone", lambda: not first & ranks_of(cluster, tmp_path), 60)
+        assert "now belongs to" in job.log
+        resumed = max(job.losses)
+        job.until_step(resumed + 5)
+        assert job.facts["Restarts"] == "1" and job.nodes != [lost]
+        cluster.run("scancel", str(job.number))
+        assert job.end() == "CANCELLED"
+    finally:
+        cluster.mend(lost)
+    steps = [json.loads(line).get("step") for line in (tmp_path / "events.jsonl").read_text().splitlines()[1:]]
+    assert steps == list(range(1, len(steps) + 1))
+    assert {step: loss for step, loss in job.losses.items() if step <= STEPS}.items() <= straight.losses.items()
 
 
 def test_torchrun_on_two_nodes_saves_requeues_and_resumes(cluster: Cluster, straight: Straight, tmp_path: Path) -> None:
@@ -89,6 +120,7 @@ def test_torchrun_on_two_nodes_saves_requeues_and_resumes(cluster: Cluster, stra
     cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
     assert job.end() == "COMPLETED", job.log
     assert job.facts["Restarts"] == "1" and "by SIGUSR1" in job.log and "resumed after step" in job.log
+    assert "Traceback" not in job.log and "Exited with exit code 75" in job.log
     assert job.losses == straight.losses
 
 

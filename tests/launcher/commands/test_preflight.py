@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from launcher.commands import preflight
 from launcher.preflight import axes, experts, host, pairs
+from launcher.preflight.team import Team
 from launcher.preflight.verdict import Nodes, Row, blame, differing, rounds, slow, table
 from launcher.runtime import process_group
 from parallel.expert.roll_call import ExpertError
@@ -229,3 +230,20 @@ def test_an_unwritable_run_dir_is_named(tmp_path: Path) -> None:
     found = host.try_storage(tmp_path / "nowhere", 0, 1 << 10)
     assert "No such file or directory" in found.error
     assert host.try_storage(tmp_path, 0, 1 << 10).error == ""
+
+
+def storage(*found: host.Written) -> tuple[str, ...]:
+    team = Team(cast(Any, None), FOUR, payload_bytes=1 << 20, slow_share=0.5)
+    return host.judge_storage(team, list(found), Path("run")).bad
+
+
+def test_storage_that_is_slow_full_or_not_shared_is_named() -> None:
+    quick, blind = host.Written(1.0, 1.0), host.Written(1.0, 1.0, sees_first=False)
+    assert storage(quick, quick, quick, quick) == ()
+    assert storage(quick, quick, host.Written(4.0, 1.0), quick) == ("rank 2 on n2: writes at 0.25 of the median speed",)
+    assert storage(quick, quick, blind, blind) == (
+        "node n2: does not see what rank 0 wrote, so run is not shared with it",
+    )
+    assert storage(quick, host.Written(error="No space left on device (run)"), quick, quick) == (
+        "rank 1 on n1: No space left on device (run)",
+    )

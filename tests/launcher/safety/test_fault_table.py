@@ -335,6 +335,20 @@ def test_a_second_job_in_the_folder(straight: Straight, tmp_path: Path, tell: Te
     tell("second job in one folder", "refused, first one named", "as expected, bitwise")
 
 
+def test_a_run_whose_folder_is_taken_over_ends(straight: Straight, tmp_path: Path, tell: Tell) -> None:
+    """As after its node was silent for a while, and its job was started elsewhere."""
+    config = straight.again(tmp_path / "run", steps=100_000, checkpoint_every=0)
+    lock, events = tmp_path / "run" / "lock.json", tmp_path / "run" / "events.jsonl"
+    live = Live(config)
+    live.until(lambda: events.exists() and len(losses(tmp_path / "run")) >= 2)
+    (tmp_path / "new").write_text(json.dumps({"token": "other", "host": "elsewhere", "pid": 12}))
+    (tmp_path / "new").replace(lock)
+    ended = live.wait(60)
+    assert ended.code == 1 and "now belongs to process 12 on elsewhere" in ended.output, ended.output
+    assert json.loads(lock.read_text())["token"] == "other"
+    tell("folder taken over by another job", "the run ends, writes nothing", f"after step {max(losses(lock.parent))}")
+
+
 @pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
 def test_spikes(tmp_path: Path, straight: Straight, tell: Tell, policy: str) -> None:
     config = straight.again(

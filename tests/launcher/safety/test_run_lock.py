@@ -96,6 +96,43 @@ def test_a_lock_that_was_taken_over_is_known_to_be_lost(tmp_path: Path) -> None:
     assert json.loads((tmp_path / LOCK).read_text())["token"] == "other"
 
 
+def test_an_owner_that_wakes_up_late_leaves_its_successor_alone(tmp_path: Path) -> None:
+    lock = quick(tmp_path)
+    lock.acquire()
+    assert not lock.lost
+    foreign(tmp_path, token="other")
+    deadline = time.monotonic() + 10
+    while not lock.lost and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lock.lost
+    lock.release()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == "other"
+
+
+def test_of_two_that_wait_for_a_silent_owner_one_wins(tmp_path: Path) -> None:
+    """The slower one has seen the silence too, and goes for the lock when it is the faster one's already."""
+    foreign(tmp_path)
+    slow, fast = quick(tmp_path, 0.3), quick(tmp_path, 0.3)
+    silent = slow._wait_for_owner()
+    fast.acquire()
+    slow._take_away(silent)
+    fast.require()
+    with pytest.raises(RunLockError, match="is working in this folder"):
+        slow.acquire()
+    fast.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_was_deleted_is_lost(tmp_path: Path) -> None:
+    lock = quick(tmp_path)
+    lock.acquire()
+    (tmp_path / LOCK).unlink()
+    with pytest.raises(RunLockError, match="now belongs to nobody"):
+        lock.require()
+    lock.release()
+
+
 def test_half_a_lock_does_not_keep_anybody_out(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text('{"token": "t')
     lock = quick(tmp_path, 30)
