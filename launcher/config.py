@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
+from launcher.renamed import modern, told
 from launcher.run_config import RunConfig
 from launcher.run_config import TrainConfig as TrainConfig  # its readers know one place for both
 
@@ -78,9 +79,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(tree: Mapping[str, Any]) -> RunConfig:
-    """The run from what `to_dict` returned; raises ConfigError as `compose` does."""
+    """The run from what `to_dict` returned, of an earlier version too; raises ConfigError as `compose` does."""
     found: dict[str, str] = {}
-    config = convert(RunConfig, tree, found)
+    config = convert(RunConfig, modern(tree, found), found)
     if found or config is None:
         raise ConfigError(list(found.values()))
     return config
@@ -183,6 +184,8 @@ def _override_error(text: str, key: str, value: object, is_sweep: bool, is_delet
 
 def no_such_key(key: str, siblings: Sequence[str] = ()) -> str:
     """The line that reports an unknown key, with the likeliest one that exists; `siblings` are those beside it."""
+    if said := told(key):
+        return said
     section, _, leaf = key.rpartition(".")
     beside = list(siblings) or [name for name in (*known_keys(), *GROUPS) if name.rpartition(".")[0] == section]
     # the name misspelt; else the right name in another section; else the section misspelt

@@ -11,7 +11,7 @@ from torch import Tensor
 from launcher.build import Progress
 from launcher.checkpoint.files import FORMAT, INDEX, MANIFEST, CheckpointError, signed, step_name
 from launcher.checkpoint.tensor_file import FileRecord, file_record
-from launcher.config import RunConfig, from_dict
+from launcher.config import ConfigError, RunConfig, from_dict
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".distcp", ".metadata")
 
@@ -106,6 +106,9 @@ class Reader:
         try:
             self.config: RunConfig = from_dict(self.manifest["config"])
             self.progress = Progress(**self.manifest["progress"])
+        except ConfigError as error:
+            said = "; ".join(error.errors)
+            raise CheckpointError(f"{path / MANIFEST}: its configuration is not of this version: {said}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}") from None
         for name, record in self._records.items() if verify else ():
