@@ -15,6 +15,7 @@ def report_command(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run_dir)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
     args = parser.parse_args(argv)
+    from launcher.report.charts import counted
     from launcher.report.read import read_run
 
     record = read_run(args.run)
@@ -22,7 +23,7 @@ def report_command(argv: list[str]) -> int:
     text = report(args.run)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    print(f"{record.last.step} steps, {len(text.encode()) / 1024:.0f} kB: {path}")
+    print(f"{counted(record.last.step, 'step')}, {len(text.encode()) / 1024:.0f} kB: {path}")
     return 0
 
 

@@ -56,6 +56,11 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `1,200 steps`: a number with its noun. plural: where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from low to high."""
     span = high - low

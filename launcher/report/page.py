@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.report.charts import counted
 from launcher.report.read import RunRecord
 from launcher.show.display import compact, duration, scientific, with_suffix
 
@@ -75,9 +76,9 @@ def page(record: RunRecord, sections: Mapping[str, str]) -> str:
         f'<section id="{anchors[title]}"><h2>{html.escape(title)}</h2>{inside}</section>'
         for title, inside in parts.items()
     )
-    saved = (
-        f" \u00b7 {len(record.checkpoints)} checkpoints, newest {record.checkpoints[-1]}" if record.checkpoints else ""
-    )
+    saved = ""
+    if record.checkpoints:
+        saved = f" \u00b7 {counted(len(record.checkpoints), 'checkpoint')}, newest {record.checkpoints[-1]}"
     return (
         _PAGE.replace("@STYLE@", _beside("page.css"))
         .replace("@SCRIPT@", _beside("page.js"))

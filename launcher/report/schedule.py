@@ -102,7 +102,7 @@ def draw(found: Recorded) -> str:
             f'<text class="tick" x="{at:.1f}" y="{height + 14:.1f}" text-anchor="middle">{value:,g}{unit}</text>'
         )
     legend = _legend(rows, ways(found.schedule), len(found.planned))
-    some = f" Every {every}th rank is drawn." if every > 1 else ""
+    some = f" One rank in {every} is drawn." if every > 1 else ""
     note = (
         "Plan: the schedule simulated with the median times of this step's own work. Run: what each pipeline rank of "
         f"the first data rank did; a box that waited for its message is longer.{some}"

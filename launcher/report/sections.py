@@ -11,7 +11,7 @@ from launcher.record.clock import PHASES
 from launcher.record.events import StepEvent
 from launcher.record.norms import GROUPS
 from launcher.report import heat
-from launcher.report.charts import Chart, Layer, Series, draw, stack
+from launcher.report.charts import Chart, Layer, Series, counted, draw, stack
 from launcher.report.read import RunRecord
 from launcher.report.schedule import Recorded
 from launcher.report.schedule import draw as draw_schedule
@@ -149,9 +149,9 @@ def time_split(record: RunRecord) -> str:
     seen = {phase: sum(s.phases[phase] for s in record.splits) / len(record.splits) for phase in PHASE_COLOURS}
     total = sum(seen.values()) or 1.0
     layers = [Layer(phase, values, PHASE_COLOURS[phase]) for phase, values in means.items() if any(values)]
-    ranks = f"{record.ranks_read} of {record.ranks_found}"
+    ranks = f"{record.ranks_read} of {counted(record.ranks_found, 'rank')}"
     note = (
-        f"Seconds of the host, mean over {ranks} ranks: they add up to the wall time of a step. "
+        f"Seconds of the host, mean over {ranks}: they add up to the wall time of a step. "
         "Messages are the pipeline's waiting and sending; all-to-all is inside the chunks and not counted twice."
     )
     unit = "seconds a step"
@@ -229,16 +229,16 @@ def _each_expert(record: RunRecord) -> str:
         )  # fmt: skip
         pictures.append(heat.draw(last))
     dead = sorted({key for event in record.events for key in event.dead_experts})
-    now = len(record.last.dead_experts)
+    now = len(record.last.dead_experts) or "none"
     said = (
-        f"{len(dead)} experts had a step without a token, {now} in the last step."
+        f"{counted(len(dead), 'expert')} had a step without a token, {now} in the last step."
         if dead
         else "Every expert had tokens in every step."
     )
     many = f" A column is the sum of {size} logged steps." if size > 1 else ""
     assert last is not None
     return (
-        f'<h3>Tokens of every expert</h3><p class="lead">{len(events)} logged steps. {said}{many}</p>'
+        f'<h3>Tokens of every expert</h3><p class="lead">{counted(len(events), "logged step")}. {said}{many}</p>'
         + heat.key(last, "tokens / mean of the layer") + f'<div class="row">{"".join(pictures)}</div>'
     )  # fmt: skip
 
@@ -248,10 +248,10 @@ def schedule(found: Recorded | str) -> str:
     if isinstance(found, str):
         return _empty(found)
     s = found.schedule
+    ranks, chunks = counted(s.num_ranks, "pipeline rank"), counted(s.num_microbatches, "micro-batch", "micro-batches")
     lead = (
-        f"{s.name}, {s.num_ranks} pipeline ranks, {s.num_microbatches} micro-batches, step {found.step}: run "
-        f"{found.run_ms:.4g} ms, {found.run_ms / found.plan_ms:.3f} of its plan ({found.plan_ms:.4g} ms); ranks idle "
-        f"{found.idle:.1%}."
+        f"{s.name}, {ranks}, {chunks}, step {found.step}: run {found.run_ms:.4g} ms, "
+        f"{found.run_ms / found.plan_ms:.3f} of its plan ({found.plan_ms:.4g} ms); ranks idle {found.idle:.1%}."
     )
     return f'<p class="lead">{lead}</p>' + draw_schedule(found)
 
