@@ -22,7 +22,7 @@ from launcher.checkpoint.saver import Saved, Saver
 from launcher.checkpoint.state import agreed, checkpoints_dir, discard_temporary, load, newest_valid
 from launcher.record.collapse import CollapseWatch
 from launcher.safety.agreement import highest
-from launcher.safety.run_lock import RunLock
+from launcher.safety.run_lock import RunLock, RunLockError
 from launcher.safety.spikes import SpikeGuard
 
 REQUEUE = 75  # exit code: start me again, I go on
@@ -161,7 +161,7 @@ class Safety:
         mine = (self._signals.received, int(self._saver.busy), int(lost))
         stop, busy, taken_over = highest(run.groups.world, run.process.device, *mine)
         if taken_over:
-            agreed(run, self._lock.require if self._lock is not None else lambda: None)
+            agreed(run, self._give_way)
         self._tell(self._saver.advance(any_busy=bool(busy)))
         every, last = run.config.train.checkpoint_every, run.progress.step >= run.config.train.steps
         end = exhausted(run)
@@ -176,6 +176,15 @@ class Safety:
         if end and not last:
             self._note(f"the data is used up after step {run.progress.step} (train.max_epochs)")
         return 0 if last or end else None
+
+    def _give_way(self) -> None:
+        """RunLockError where the lock was lost; kept too, as the job that would show it may be gone (a dead slurmd)."""
+        try:
+            if self._lock is not None:
+                self._lock.require()
+        except RunLockError as error:
+            self._note(str(error))
+            raise
 
     def finish_save(self) -> None:
         """Wait for the save that is under way, if there is one: what a run ends with is kept."""

@@ -100,7 +100,7 @@ def test_a_job_whose_slurmd_died_runs_once(cluster: Cluster, straight: Straight,
     try:
         job.until("resumed elsewhere", lambda: "resumed after step" in job.log, 150)
         job.until("first start gone", lambda: not first & ranks_of(cluster, tmp_path), 60)
-        assert "now belongs to" in job.log
+        assert "now belongs to" in (tmp_path / "faults.jsonl").read_text()
         resumed = max(job.losses)
         job.until_step(resumed + 5)
         assert job.facts["Restarts"] == "1" and job.nodes != [lost]

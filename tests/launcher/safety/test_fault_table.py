@@ -346,7 +346,8 @@ def test_a_run_whose_folder_is_taken_over_ends(straight: Straight, tmp_path: Pat
     ended = live.wait(60)
     assert ended.code == 1 and "now belongs to process 12 on elsewhere" in ended.output, ended.output
     assert json.loads(lock.read_text())["token"] == "other"
-    tell("folder taken over by another job", "the run ends, writes nothing", f"after step {max(losses(lock.parent))}")
+    assert "now belongs to process 12" in (tmp_path / "run" / "faults.jsonl").read_text()
+    tell("folder taken over by another job", "told, kept, the run ends", f"after step {max(losses(lock.parent))}")
 
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
