@@ -1,5 +1,6 @@
 """The one construction order: mesh, schedule, groups, stages, ZeRO-1, optimizer, data."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,11 +15,13 @@ from launcher.record.clock import PhaseClock, TimedDispatcher, TimedStages
 from launcher.record.norms import NormsByGroup
 from launcher.runtime import Process
 from launcher.step_plan import StepPlan
+from model.backends import transformer_engine_environment
 from model.block import MoE
 from model.fp8.apply import apply_fp8
+from model.fp8.config import FP8Config
 from model.fp8.quantise import Quantiser
 from model.rowwise.apply import apply_rowwise
-from model.rowwise.native import NativeRowwise
+from model.rowwise.choose import rowwise_kernels
 from optim.adamw import AdamW
 from optim.ema import EMA
 from optim.fused import ADAMW
@@ -139,11 +142,10 @@ def build(
     )  # fmt: skip
     zero1 = ZERO1[config.optim.zero1](model.parameters.values(), dtype=dtype, offload=config.optim.offload)
     if config.train.precision == "fp8":
-        for stage in model.stages.values():
-            apply_fp8(stage, config.fp8, device=process.device)
-    if config.train.rowwise == "native":
-        for stage in model.stages.values():
-            apply_rowwise(stage, NativeRowwise())
+        _use_fp8(config.fp8, model, process.device)
+    rowwise = rowwise_kernels(config.train.rowwise, process.device)
+    for stage in model.stages.values():
+        apply_rowwise(stage, rowwise)
     optimizer = ADAMW[config.optim.adamw](
         [bucket.master for bucket in zero1.buckets],
         [bucket.step_grad for bucket in zero1.buckets],
@@ -172,6 +174,14 @@ def build(
         config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan, norms,
         ema, clock,
     )  # fmt: skip
+
+
+def _use_fp8(config: FP8Config, model: LocalModel, device: torch.device) -> None:
+    """Let the linears of every stage compute in FP8."""
+    if config.backend == "transformer_engine":
+        os.environ.update(transformer_engine_environment(config))  # before anything imports it
+    for stage in model.stages.values():
+        apply_fp8(stage, config, device=device)
 
 
 def _row_quantiser(config: RunConfig, device: torch.device) -> Quantiser:

@@ -20,7 +20,8 @@ class TrainConfig:
     batch_multiple: int = 0  # of which a growing batch is a multiple; 0: micro_batch_size * parallel.data
     # bf16 | fp32: weights and activations; masters and gradients are always FP32. fp8: bf16, linears in FP8
     precision: str = "bf16"
-    rowwise: str = "torch"  # torch | native (compiled by g++, CPU only): norms, SwiGLU, cross entropy
+    # norms, SwiGLU, cross entropy: torch | native (compiled by g++, a CPU) | apex, transformer_engine (norms, a GPU)
+    rowwise: str = "torch"
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a rank; 0: cores / local ranks, at least 1

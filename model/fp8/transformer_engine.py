@@ -5,54 +5,39 @@ on a GPU; the classes, arguments and attributes it uses are held to the sources 
 tests/model/fp8/test_transformer_engine.py, the numbers to the oracle by tests/gpu/test_te_contract.py.
 
 Differences from the report and from the oracle's defaults: activations and gradients are rounded in both orientations
-from the wide tensor (`InputCache.WIDE`); the amax has no floor; scales are powers of two unless
-NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 was set when it was imported; nothing is kept in E5M6. Rows are filled up with
-zeros to multiples of 128, which add nothing to a weight gradient.
+from the wide tensor (`InputCache.WIDE`); the amax has no floor; nothing is kept in E5M6. Scales are what `fp8.scales`
+says, by an environment variable that it reads when it is imported (`model.backends.transformer_engine_environment`;
+`launcher/build.py` sets it). Rows are filled up with zeros to multiples of 128, which add nothing to a weight gradient.
 """
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, FP8Config
+from model.backends import FP32_SCALES, MissingBackend, load_transformer_engine, transformer_engine_environment
+from model.fp8.config import FP8Config
 from model.fp8.formats import TILE_SIZE
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import WeightGradSink, main_grad
 
+KEY = "fp8.backend=transformer_engine"
 INSTEAD = "choose fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
 
 
-class MissingBackend(ValueError):
-    """Transformer Engine is not there, or this machine cannot do what is asked of it."""
-
-    user_error = True
-
-
-def load_transformer_engine(config: FP8Config) -> tuple[Any, Any]:
+def load_engine(config: FP8Config) -> tuple[Any, Any]:
     """The module and the recipe; MissingBackend in one line with what was found, what is needed, what to do."""
-    needed = f"{TRANSFORMER_ENGINE_FROM} or newer, below {TRANSFORMER_ENGINE_UNTIL}"
-    try:
-        found = version("transformer_engine")
-    except PackageNotFoundError:
-        raise MissingBackend(f"Transformer Engine is not installed ({needed} is needed): {INSTEAD}") from None
-    try:
-        import transformer_engine.pytorch as te  # type: ignore[import-not-found]
-        from transformer_engine.common.recipe import Float8BlockScaling  # type: ignore[import-not-found]
-    except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MissingBackend(f"Transformer Engine {found} cannot be imported ({reason}): {INSTEAD}") from None
+    te = load_transformer_engine(KEY, INSTEAD)
     able, reason = te.is_fp8_block_scaling_available(return_reason=True)
     if not able:
-        raise MissingBackend(f"Transformer Engine {found} cannot do FP8 in blocks here ({reason}): {INSTEAD}")
-    recipe = Float8BlockScaling()
+        raise MissingBackend(f"{KEY}: Transformer Engine cannot do FP8 in blocks here ({reason}): {INSTEAD}")
+    recipe = load_transformer_engine(KEY, INSTEAD, "transformer_engine.common.recipe").Float8BlockScaling()
     if recipe.fp8_quant_fwd_inp.power_2_scale != (config.scales == "pow2"):
-        value = int(config.scales == "fp32")
+        needed = transformer_engine_environment(config)[FP32_SCALES]
         raise MissingBackend(
-            f"fp8.scales={config.scales} with Transformer Engine needs NVTE_FP8_BLOCK_SCALING_FP32_SCALES={value} in "
-            "the environment of every rank before it starts"
+            f"fp8.scales={config.scales}: Transformer Engine was imported before {FP32_SCALES}={needed} was in the "
+            "environment: set it for every rank before it starts"
         )
     return te, recipe
 
@@ -141,6 +126,6 @@ def padded_rows(x_RI: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def apply_transformer_engine(linears: Mapping[str, Linear | GroupedLinear], config: FP8Config) -> None:
     """Let these linears compute in Transformer Engine; their weights must be where they will stay."""
-    te, recipe = load_transformer_engine(config)
+    te, recipe = load_engine(config)
     for linear in linears.values():
         linear.fp8 = TransformerEngineLinear(te, recipe, linear.weight)

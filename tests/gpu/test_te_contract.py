@@ -14,7 +14,7 @@ from model.fp8.config import FP8Config
 from model.fp8.formats import Tile
 from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
 from model.fp8.quantise import Quantiser
-from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_transformer_engine
+from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_engine
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import set_sink
 from parallel.pipeline.weight_grad import DeferredSink
@@ -32,7 +32,7 @@ def engine() -> tuple[Any, Any]:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     try:
-        return load_transformer_engine(FP8Config(backend="transformer_engine"))
+        return load_engine(FP8Config(backend="transformer_engine"))
     except MissingBackend as missing:
         pytest.skip(str(missing))
 

@@ -1,11 +1,13 @@
-"""train.rowwise=native: not with a GPU, not without a compiler."""
+"""train.rowwise: each kind where it can be, refused in a line elsewhere."""
 
 from dataclasses import replace
 
 import pytest
 
-from launcher.check.rowwise import check_compiler, check_rowwise
+from launcher.check import rowwise as rules
+from launcher.check.rowwise import ROWWISE, check_compiler, check_rowwise
 from launcher.config import RunConfig, compose
+from model import backends
 
 
 def run(rowwise: str, device: str = "cpu") -> RunConfig:
@@ -24,3 +26,27 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (message,) = check_compiler(run("native"))
     assert "g++" in message and "train.rowwise=torch" in message
     assert check_compiler(run("torch")) == []
+
+
+@pytest.mark.parametrize("name", ROWWISE[2:])
+def test_the_packages_are_for_a_gpu(name: str) -> None:
+    (message,) = check_rowwise(run(name))
+    assert message == f"train.rowwise={name} needs a GPU, but train.device=cpu: use train.rowwise=torch"
+    assert check_rowwise(run(name, "cuda")) == check_rowwise(run(name, "auto")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "words"),
+    [
+        ("transformer_engine", None, "Transformer Engine is not installed (2.20 or newer, below 2.21 is needed)"),
+        ("transformer_engine", "1.13", "Transformer Engine 1.13 is installed, 2.20 or newer, below 2.21 is needed"),
+        ("transformer_engine", "2.20.2", None),
+        ("apex", None, "needs NVIDIA's apex, built from source, and it is not installed"),
+        ("apex", "0.9.10", "the apex 0.9.10 installed here is another project"),
+    ],
+)
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, name: str, found: str | None, words: str | None) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: found)
+    lines = check_compiler(run(name, "cuda"))
+    assert len(lines) == (words is not None)
+    assert all(str(words) in line and line.endswith(rules.INSTEAD) and "\n" not in line for line in lines)

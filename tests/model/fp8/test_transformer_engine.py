@@ -2,8 +2,6 @@
 
 import ast
 import queue
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+from model import backends
 from model.fp8 import transformer_engine as adapter
 from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, FP8Config
 from model.fp8.linear import weights_changed
-from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_transformer_engine, padded_rows
+from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_engine, padded_rows
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
-
-VERSION = "2.20.2"
+from tests.model.wheel import VERSION, calls_of, fits, function_of, parameters, parsed, transformer_engine_wheel
 
 
 class _Product(torch.autograd.Function):
@@ -153,42 +151,70 @@ def test_padded_rows_go_back() -> None:
     assert padded.shape == (256, 2) and torch.equal(padded[index], x) and padded.sum() == x.sum()
 
 
-def test_missing_is_one_line(monkeypatch: Any) -> None:
-    def absent(name: str) -> str:
-        raise adapter.PackageNotFoundError(name)
+TE = FP8Config(backend="transformer_engine")
 
-    monkeypatch.setattr(adapter, "version", absent)
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "Transformer Engine is not installed (2.20 or newer, below 2.21 is needed)"),
+        ("1.13.0", "Transformer Engine 1.13.0 is installed, 2.20 or newer, below 2.21 is needed"),
+        ("2.21", "Transformer Engine 2.21 is installed, 2.20 or newer, below 2.21 is needed"),
+    ],
+)
+def test_no_version_or_the_wrong_one_is_one_line(monkeypatch: Any, found: str | None, words: str) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: found)
     with pytest.raises(MissingBackend) as caught:
-        load_transformer_engine(FP8Config(backend="transformer_engine"))
+        load_engine(TE)
     text = str(caught.value)
-    assert "not installed" in text and "oracle_fast" in text and "\n" not in text
+    assert text.startswith("fp8.backend=transformer_engine: ") and words in text
+    assert "choose fp8.backend=oracle_fast" in text and "\n" not in text
+
+
+def test_what_cannot_be_imported_is_one_line(monkeypatch: Any) -> None:
     if find_spec("transformer_engine"):
-        return
-    monkeypatch.setattr(adapter, "version", lambda name: VERSION)
-    with pytest.raises(MissingBackend, match=rf"Transformer Engine {VERSION} cannot be imported"):
-        load_transformer_engine(FP8Config(backend="transformer_engine"))
+        pytest.skip("it is installed here")
+    monkeypatch.setattr(backends, "installed", lambda package: VERSION)
+    with pytest.raises(MissingBackend, match=rf"Transformer Engine {VERSION} cannot be imported \(No module named"):
+        load_engine(TE)
+
+
+def engine_that(monkeypatch: Any, *, able: bool, pow2: bool) -> None:
+    """Let the package look installed: whether it can do blocks here, and the scales of its recipe."""
+    recipe = SimpleNamespace(fp8_quant_fwd_inp=SimpleNamespace(power_2_scale=pow2))
+    modules = {
+        "transformer_engine.pytorch": SimpleNamespace(
+            is_fp8_block_scaling_available=lambda return_reason: (able, "" if able else "compute capability 8.0")
+        ),
+        "transformer_engine.common.recipe": SimpleNamespace(Float8BlockScaling=lambda: recipe),
+    }
+    monkeypatch.setattr(backends, "installed", lambda package: VERSION)
+    monkeypatch.setattr(backends.importlib, "import_module", modules.__getitem__)
+
+
+def test_a_gpu_that_cannot_is_one_line(monkeypatch: Any) -> None:
+    engine_that(monkeypatch, able=False, pow2=True)
+    with pytest.raises(MissingBackend, match=r"cannot do FP8 in blocks here \(compute capability 8.0\): choose"):
+        load_engine(TE)
+
+
+@pytest.mark.parametrize("scales", ["pow2", "fp32"])
+def test_scales_are_the_environment_s_at_import(monkeypatch: Any, scales: str) -> None:
+    config = FP8Config(backend="transformer_engine", scales=scales)
+    value = {"pow2": "0", "fp32": "1"}[scales]
+    assert backends.transformer_engine_environment(config) == {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": value}
+    engine_that(monkeypatch, able=True, pow2=scales == "pow2")
+    load_engine(config)
+    engine_that(monkeypatch, able=True, pow2=scales != "pow2")
+    with pytest.raises(MissingBackend, match=f"fp8.scales={scales}: .* before {backends.FP32_SCALES}={value} was"):
+        load_engine(config)
 
 
 # --- against the wheel -------------------------------------------------------------------------------------------
 
 
-def parsed(wheel: zipfile.ZipFile, path: str) -> ast.Module:
-    return ast.parse(wheel.read(f"transformer_engine/{path}"))
-
-
-def function_of(tree: ast.Module, owner: str | None, name: str) -> ast.FunctionDef:
-    scopes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner] if owner else [tree]
-    return next(n for scope in scopes for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == name)
-
-
-def parameters(function: ast.FunctionDef) -> list[str]:
-    return [a.arg for a in (*function.args.args, *function.args.kwonlyargs) if a.arg != "self"]
-
-
 def calls(name: str) -> list[ast.Call]:
-    """Calls in the adapter whose target reads `name`."""
-    tree = ast.parse(Path(adapter.__file__).read_text())
-    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == name]
+    return calls_of(Path(adapter.__file__), name)
 
 
 def options() -> set[str]:
@@ -199,21 +225,9 @@ def options() -> set[str]:
     return {str(key.value) for key in found.keys if isinstance(key, ast.Constant)}
 
 
-def fits(call: ast.Call, function: ast.FunctionDef, extra: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
-    names = parameters(function)
-    given = {k.arg for k in call.keywords if k.arg} | extra
-    return given <= set(names[len(call.args) :]) and len(call.args) <= len(names)
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
-    found = subprocess.run([*command, f"transformer_engine=={VERSION}"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        pytest.skip(f"no wheel of transformer_engine {VERSION}: {found.stderr.strip().splitlines()[-1]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as opened:
-        yield opened
+    yield from transformer_engine_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow
