@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from launcher.bench import pipeline_model
 from launcher.bench.pipeline_cases import (
+    CLOCKS,
     GROUPS,
     Case,
     costs_of,
@@ -43,6 +44,7 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.slept import SleptDevice, SleptStages, sleep_precisely
+from parallel.pipeline.slept_lanes import SleptLanes
 
 USER_ERROR = 2
 
@@ -114,14 +116,15 @@ class _Taken:
 def _prepare(case: Case, rank: int, lanes: Lanes) -> _Prepared:
     schedule = schedule_of(case)
     costs = costs_of(case, schedule.num_stages)
-    device = SleptDevice(blocking=case.clock == "blocking", serial=case.overlap == "off")
+    device = SleptDevice(blocking=case.clock == "blocking", serial=case.overlap == "off", sends=case.clock == "nccl")
     if case.engine == "torch":
         engine = TorchEngine(case.schedule, num_microbatches=case.microbatches, costs=costs, device=device)
         return _Prepared(case, case.schedule, ideal(case), engine.step, lambda: None)
     mesh = Mesh(ParallelConfig(case.ranks, schedule=schedule.name), rank)
     stages = SleptStages(costs, num_stages=schedule.num_stages, device=device)
+    groups = SleptLanes(lanes, device) if device.sends else lanes
     executor = Executor(
-        schedule, mesh, lanes, stages, dtype=torch.float32, device=torch.device("cpu"), overlap=case.overlap
+        schedule, mesh, groups, stages, dtype=torch.float32, device=torch.device("cpu"), overlap=case.overlap
     )
 
     def step() -> None:
@@ -204,9 +207,7 @@ def bench_pipeline(argv: list[str]) -> int:
     if not all(0 <= number < len(every) for number in numbers):
         print(f"expertpipe: --rows {max(numbers)}: there are rows 0 to {len(every) - 1}, see --list", file=sys.stderr)
         return USER_ERROR
-    cases = [
-        replace(every[n], cost_ms=every[n].cost_ms * arguments.scale, clock=arguments.clock) for n in sorted(numbers)
-    ]
+    cases = [_asked(every[n], arguments) for n in sorted(numbers)]
     if outer_world_size(os.environ) is not None and arguments.as_rank:
         if arguments.model:
             schedule, overlap = arguments.model
@@ -228,6 +229,14 @@ def bench_pipeline(argv: list[str]) -> int:
             print("tiny model under every schedule ...", file=sys.stderr)
             return pipeline_model.measure(arguments.repetitions, Path(folder), json_lines=arguments.json)
     return 0
+
+
+def _asked(case: Case, arguments: Namespace) -> Case:
+    """The row with the options' scale and clock; what torch's engine sends, its rank waits for."""
+    clock = arguments.clock or case.clock
+    if case.engine == "torch" and clock == "nccl":
+        clock = "stream"
+    return replace(case, cost_ms=case.cost_ms * arguments.scale, clock=clock)
 
 
 def _parser(*, with_estimates: bool) -> ArgumentParser:
@@ -253,8 +262,9 @@ def _parser(*, with_estimates: bool) -> ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=5, help="after one to warm up (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply all costs, e.g. 0.2 for a quick look")
     parser.add_argument(
-        "--clock", choices=("stream", "blocking"), default="stream",
-        help="stream: computation is a queue, as on a GPU; blocking: the rank sleeps through each piece of it",
+        "--clock", choices=CLOCKS,
+        help="blocking: the rank sleeps through each piece; stream: computation is a queue, as on a GPU; nccl: and "
+        "what leaves is sent when computed while the rank issues on (default: stream, all-to-all rows nccl)",
     )  # fmt: skip
     parser.add_argument("--as-rank", action="store_true", help="of the processes that this starts")
     parser.add_argument("--model", nargs=2, metavar=("SCHEDULE", "OVERLAP"), help="of those: the row to measure")

@@ -25,7 +25,6 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.device.begin()
         ctx.device.compute(ctx.seconds)
         ctx.device.synchronize()
         return grads[0].contiguous(), None, None
@@ -41,7 +40,6 @@ class _WeightGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.device.begin()  # in a B the output's gradient came just now
         ctx.device.compute(ctx.seconds)
         return grads[0].contiguous(), None, None
 
@@ -62,7 +60,6 @@ class SleptModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, WIDTH] -> the same shape."""
-        self.device.begin()
         self.device.compute(self._forward)
         self.device.synchronize()
         through = _InputGradient.apply(x, self.device, self._input)

@@ -124,11 +124,14 @@ class Schedule:
         """Pipeline rank that a message goes to."""
         return self.rank_of(message.stage, message.microbatch)
 
-    def messages_from(self, source: int) -> dict[int, list[Message]]:
-        """Messages the rank sends, by destination, in the order in which it produces them; itself included."""
+    def messages_from(self, source: int, *, pairs_joined: bool = False) -> dict[int, list[Message]]:
+        """Messages the rank sends, by destination, in the order in which it sends them; itself included.
+
+        pairs_joined: the chunks of a pair run interleaved; then its gradient leaves before its activation.
+        """
         sent: dict[int, list[Message]] = {}
         for step in self.ranks[source]:
-            for action in parts(step):
+            for action in reversed(parts(step)) if pairs_joined else parts(step):
                 message = self.output(action)
                 if message is not None:
                     sent.setdefault(self.consumer(message), []).append(message)

@@ -12,7 +12,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Message, Schedule
 from parallel.pipeline.check import check
 from parallel.pipeline.chunk import Chunk, Stages
-from parallel.pipeline.overlap import Work, completes, halves_of, plan
+from parallel.pipeline.overlap import Work, completes, halves_of, joins_pairs, plan, sending
 from parallel.pipeline.p2p import Lanes, Mailbox, incoming_messages
 from parallel.pipeline.phases import Phase
 
@@ -56,14 +56,11 @@ class _Task:
 
 
 def _prepared(schedule: Schedule, work: Work, num_links: Callable[[int], int]) -> _Task:
-    """A chunk takes its input before its first phase and sends after its last.
-
-    Messages of two ranks match by order alone, so those of a pair leave in the order of the schedule's list.
-    """
+    """A chunk takes its input before its first phase and sends when it is complete, in the order of `sending`."""
     ops: list[_Op] = []
     begun: set[Action] = set()
     finished: set[Action] = set()
-    to_send = deque(action for action in work.actions if action.kind != "W")
+    to_send = deque(sending(work))
     for placed in work.phases:
         action = placed.action
         begins = None if action in begun else action
@@ -105,7 +102,7 @@ class Executor:
         work = plan(schedule, mesh.pipeline_rank, num_links=stages.num_links, level=overlap)
         self.tasks = [_prepared(schedule, one, stages.num_links) for one in work]
         self.halves = halves_of(schedule, overlap)
-        self.incoming = incoming_messages(schedule, mesh.pipeline_rank)
+        self.incoming = incoming_messages(schedule, mesh.pipeline_rank, pairs_joined=joins_pairs(overlap))
         self.measured: list[Measured] = []
         self.began = 0.0
 
@@ -161,22 +158,25 @@ class _Step:
             self.chunks[op.key].run(op.phase)
             for action, message in op.leaving:
                 self._send(action, message)
+            if op.needed is not None:
+                self.mailbox.post_ahead()  # now that the device has work and nobody waits for what it did
         for key in task.ended:
             del self.chunks[key]
 
     def _begin(self, action: Action, key: Key, needed: Message | None) -> None:
-        executor = self.executor
-        tensor = None if needed is None else self.mailbox.receive(needed)
-        if action.kind == "F":
+        """Whatever need not follow the message is done before it is waited for."""
+        executor, forward = self.executor, action.kind == "F"
+        if forward:
             halves = executor.halves.get(key, 1)
-            chunk = self.chunks[key] = executor.stages.new_chunk(
-                action.stage, self.microbatch(action.microbatch), halves
-            )
+            self.chunks[key] = executor.stages.new_chunk(action.stage, self.microbatch(action.microbatch), halves)
+        chunk = self.chunks[key]
+        tensor = None if needed is None else self.mailbox.receive(needed)
+        if forward:
             chunk.begin(tensor)
             executor.peak_live = max(executor.peak_live, len(self.chunks))
             assert len(self.chunks) <= executor.peak_allowed, f"{len(self.chunks)} live at {action.describe()}"
         elif action.kind in "BI":
-            self.chunks[key].begin_backward(tensor)
+            chunk.begin_backward(tensor)
 
     def _send(self, action: Action, message: Message | None) -> None:
         chunk = self.chunks[_key(action)]

@@ -46,8 +46,7 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
     """The rank's work in order.
 
     num_links: links in a stage's chain, the end included; 1 if nothing of it can be overlapped. level: `off` (actions
-    one after the other, each chunk undivided), `pairs`, or `all`. A pair without a transfer to hide runs one after the
-    other too: the forward leaves at its own end instead of the pair's.
+    one after the other, each chunk undivided), `pairs`, or `all`.
     """
     halves = halves_of(schedule, level)
 
@@ -78,7 +77,7 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
 
     work: list[Work] = []
     for step in _joined(schedule.ranks[rank], level):
-        if isinstance(step, Pair) and level != "off" and any(num_links(action.stage) > 1 for action in parts(step)):
+        if isinstance(step, Pair) and joins_pairs(level):
             work.append(Work(parts(step), pair(step)))
         elif isinstance(step, tuple):
             placed = tuple(Placed(step[0], phase) for phase in backward(step[0], weights=True))
@@ -88,11 +87,23 @@ def plan(schedule: Schedule, rank: int, *, num_links: Callable[[int], int], leve
     return work
 
 
-def completes(placed: Placed, *, num_links: int) -> bool:
-    """Whether the action's message is ready after this phase: an activation at the end, a gradient before its weights.
+def joins_pairs(level: str) -> bool:
+    """Whether the two chunks of a pair run as one work."""
+    return level != "off"
 
-    Messages of one `Work` leave in the order of its actions, the only order in which two ranks match them.
+
+def sending(work: Work) -> tuple[Action, ...]:
+    """The actions whose messages leave during the work, in that order: of a pair first the gradient.
+
+    Both go to the same rank, which matches messages by order alone (`Schedule.messages_from`).
     """
+    return tuple(
+        sorted((action for action in work.actions if action.kind != "W"), key=lambda action: action.kind == "F")
+    )
+
+
+def completes(placed: Placed, *, num_links: int) -> bool:
+    """Whether the action's message is ready after this phase: an activation at the end, a gradient before its W."""
     if placed.action.kind == "F":
         return placed.phase.kind == "end"
     return placed.phase == Phase("attend_grad" if num_links > 1 else "end_grad", 0) and placed.action.kind != "W"

@@ -41,9 +41,12 @@ class _Pending:
     work: dist.Work
 
 
-def incoming_messages(schedule: Schedule, rank: int) -> dict[int, tuple[Message, ...]]:
-    """What each other rank sends to this one, in the order of its own list; the rank's messages to itself too."""
-    found = {source: tuple(schedule.messages_from(source).get(rank, ())) for source in range(schedule.num_ranks)}
+def incoming_messages(schedule: Schedule, rank: int, *, pairs_joined: bool = False) -> dict[int, tuple[Message, ...]]:
+    """What each rank, this one too, sends to this one, in the order of its own list; see `Schedule.messages_from`."""
+    found = {
+        source: tuple(schedule.messages_from(source, pairs_joined=pairs_joined).get(rank, ()))
+        for source in range(schedule.num_ranks)
+    }
     return {source: messages for source, messages in found.items() if messages}
 
 
@@ -74,6 +77,7 @@ class Mailbox:
         self._posted: dict[Message, _Pending] = {}
         self._local: dict[Message, Tensor] = {}
         self._sending: deque[tuple[Message, _Pending]] = deque()
+        self._taken: list[int] = []  # sources of messages since the last `post_ahead`
         for source in self._expected:
             self._post(source, self._ahead)
 
@@ -95,19 +99,28 @@ class Mailbox:
             number -= 1
 
     def receive(self, message: Message) -> Tensor:
-        """The tensor of a message, waiting for it if need be; PipelineError if its sender fails."""
+        """The tensor of a message, waiting for it if need be; PipelineError if its sender fails.
+
+        `post_ahead` is to follow, when what waited for the message has begun.
+        """
         if message in self._local:
             return self._local.pop(message)
         source = self._source[message]
         while message not in self._posted:
             self._post(source, 1)
         pending = self._posted.pop(message)
-        self._post(source, 1)
+        self._taken.append(source)
         try:
             pending.work.wait()
         except RuntimeError as error:
             raise self._named("waiting for", message, "from", source, error) from error
         return pending.tensor
+
+    def post_ahead(self) -> None:
+        """Post a receive for each one taken, so that senders never wait for this rank."""
+        for source in self._taken:
+            self._post(source, 1)
+        self._taken.clear()
 
     def send(self, message: Message, tensor: Tensor) -> None:
         """Start sending; the tensor must not change until `finish`."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from parallel.pipeline.actions import Action, Message, Pair, Schedule
-from parallel.pipeline.overlap import Work, completes, halves_of, plan
+from parallel.pipeline.overlap import Work, completes, halves_of, plan, sending
 from parallel.pipeline.phase_costs import PhaseCosts, Resources
 from parallel.pipeline.simulate import Timed, Timeline
 
@@ -93,8 +93,8 @@ class _Rank:
         return True
 
     def _send(self, work: Work, arrival: dict[Message, float], sent: list[Message]) -> None:
-        """What is complete leaves, in the order of the work's actions."""
-        actions = [action for action in work.actions if action.kind != "W"]
+        """What is complete leaves, in the order that the peers expect."""
+        actions = sending(work)
         while self._num_sent < len(actions) and actions[self._num_sent] in self._complete:
             message = self.schedule.output(actions[self._num_sent])
             self._num_sent += 1

@@ -20,48 +20,49 @@ from parallel.pipeline.overlap import Placed
 from parallel.pipeline.phase_costs import PhaseCosts
 from parallel.pipeline.phases import Phase, waits_for
 
+NAP_SECONDS = 2e-3
+
 
 class SleptDevice:
     """One rank's computation and its network link; times are those of `time.perf_counter`.
 
-    Pieces that are issued while the device is busy follow each other without the rank's own overhead between them, as
-    on a GPU to which the rank issues ahead. Where a result leaves, the rank waits for it, and what comes after starts
-    when the rank gets to it. blocking: so does every piece of computation, as on a CPU that computes itself. serial: a
-    transfer stops computation.
+    A piece starts when it is issued and what was issued before it is done, so pieces issued while the device is busy
+    follow each other without the rank's own overhead between them, as on a GPU to which the rank issues ahead. Where a
+    result leaves, the rank sleeps until it is computed, unless `sends` says that lanes do (`slept_lanes.py`). blocking:
+    the rank sleeps through every piece, as on a CPU that computes itself. serial: a transfer stops computation.
     """
 
-    def __init__(self, *, blocking: bool = False, serial: bool = False) -> None:
-        self._blocking, self._serial = blocking, serial
-        self._free_at = self._link_free_at = 0.0
-        self._idle = True
-
-    def begin(self) -> None:
-        """A chunk's input is here, or the rank is: nothing that follows starts earlier."""
-        self._free_at, self._idle = max(self._free_at, time.perf_counter()), False
+    def __init__(self, *, blocking: bool = False, serial: bool = False, sends: bool = False) -> None:
+        self.blocking, self._serial, self.sends = blocking, serial, sends
+        self.free_at = self._link_free_at = 0.0
 
     def compute(self, seconds: float, *, after: float = 0.0) -> None:
         """Issue a piece of computation that needs what arrives at `after`."""
-        if self._blocking:
+        if self.blocking:
             sleep_until(after)
-        if self._blocking or self._idle:
-            self.begin()
-        self._free_at = max(self._free_at, after) + seconds
-        if self._blocking:
-            sleep_until(self._free_at)
+        now = time.perf_counter()
+        was_idle, self.free_at = now > self.free_at, max(self.free_at, now, after) + seconds
+        if self.blocking:
+            sleep_until(self.free_at)
+        elif was_idle:
+            # What this rank issues next is not urgent, and others that share its core may be waiting to start.
+            time.sleep(min(NAP_SECONDS, 0.1 * seconds))
 
     def transfer(self, seconds: float) -> float:
         """Issue a transfer of what was computed last; the time at which it will have arrived."""
-        if self._blocking or self._idle:
-            self.begin()
-        self._link_free_at = max(self._free_at, self._link_free_at) + seconds
+        self._link_free_at = max(self.free_at, time.perf_counter(), self._link_free_at) + seconds
         if self._serial:
-            self._free_at = self._link_free_at
+            self.free_at = self._link_free_at
         return self._link_free_at
+
+    def result_leaves(self) -> None:
+        """What was computed last is about to be sent."""
+        if not self.sends:
+            self.synchronize()
 
     def synchronize(self) -> None:
         """Sleep until all that was issued is computed."""
-        sleep_until(self._free_at)
-        self._idle = True
+        sleep_until(self.free_at)
 
 
 def sleep_precisely() -> None:
@@ -135,12 +136,10 @@ class SleptChunk:
         """See `Chunk`."""
         first = torch.full((1, 1, self._stages.hidden_size), float(self._batch.tokens[0, 0]))
         self._tensor = first if hidden_BSD is None else hidden_BSD
-        self._stages.device.begin()
 
     def begin_backward(self, grad_BSD: Tensor | None) -> None:
         """See `Chunk`."""
         self._tensor = torch.zeros(1, 1, self._stages.hidden_size) if grad_BSD is None else grad_BSD
-        self._stages.device.begin()
 
     def run(self, phase: Phase) -> None:
         """See `Chunk`."""
@@ -158,18 +157,18 @@ class SleptChunk:
         self._pass_on(phase)
 
     def _pass_on(self, phase: Phase) -> None:
-        """What leaves the rank leaves it when it has been computed."""
+        """What leaves the rank leaves it no sooner than it has been computed."""
         first_link = Phase("attend_grad" if self._stages.num_links(self._stage) > 1 else "end_grad", 0)
         if phase != first_link and phase.kind != "end":
             return
         assert self._tensor is not None
         if phase == first_link:
             if self._stage:
-                self._stages.device.synchronize()
                 self.input_grad = self._tensor + 1
+                self._stages.device.result_leaves()
         elif self._stage < self._stages.num_stages - 1:
-            self._stages.device.synchronize()
             self.output = self._tensor + 1
+            self._stages.device.result_leaves()
         else:
             expected = float(self._batch.tokens[0, 0]) + self._stage
             got = float(self._tensor.flatten()[0])

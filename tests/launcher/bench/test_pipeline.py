@@ -22,6 +22,8 @@ CASES = [
     *[Case("expertpipe", "dualpipe", 4, 9, COST_MS, all_to_all=1.0, overlap=level) for level in LEVELS],
     Case("expertpipe", "zbv", 4, 6, COST_MS, all_to_all=0.5, overlap="all"),
     Case("expertpipe", "dualpipe", 4, 8, COST_MS, all_to_all=1.0, overlap="all", clock="blocking"),
+    Case("expertpipe", "dualpipe", 4, 9, COST_MS, all_to_all=1.0, overlap="all", clock="nccl"),
+    Case("expertpipe", "dualpipev", 4, 9, COST_MS, clock="nccl"),
     *[Case("torch", name, 4, 8, COST_MS) for name in ("1f1b", "zbv", "dualpipev")],
     Case("torch", "zbv", 4, 8, COST_MS, clock="blocking"),
 ]

@@ -4,10 +4,12 @@ from collections import Counter
 
 import pytest
 
-from parallel.pipeline.actions import Action, Pair, parts
-from parallel.pipeline.overlap import LEVELS, Work, completes, halves_of, plan
+from parallel.pipeline.actions import Action, Message, Pair, parts
+from parallel.pipeline.overlap import LEVELS, Work, completes, halves_of, joins_pairs, plan, sending
+from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.phases import Phase, backward_program, forward_program, turns, waits_for
 from parallel.pipeline.schedules import build
+from parallel.pipeline.simulate_phases import simulate_phases
 
 SHAPES = {"1f1b": (4, 6), "dualpipe": (4, 10)}
 
@@ -101,6 +103,33 @@ def test_an_input_gradient_with_its_own_weights_next_is_one_backward() -> None:
     for w in joined:
         assert w.actions[1] == Action("W", w.actions[0].stage, w.actions[0].microbatch)
         assert [p.phase for p in w.phases] == list(backward_program(3, halves=2, weights=True))
+
+
+@pytest.mark.parametrize("links", [1, 3])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_messages_leave_in_the_order_in_which_peers_expect_them(name: str, level: str, links: int) -> None:
+    """Of a pair both go to one rank, which matches them by order alone."""
+    ranks, microbatches = SHAPES[name]
+    schedule = build(name, num_ranks=ranks, num_microbatches=microbatches)
+    for rank in range(ranks):
+        expected = schedule.messages_from(rank, pairs_joined=joins_pairs(level))
+        sent: dict[int, list[Message]] = {}
+        for w in plan(schedule, rank, num_links=lambda stage: links, level=level):
+            for message in filter(None, map(schedule.output, sending(w))):
+                sent.setdefault(schedule.consumer(message), []).append(message)
+        assert sent == expected
+
+
+def test_latency_of_messages_is_hidden_where_pairs_follow_each_other() -> None:
+    """A message's time counts while the pipeline fills and drains, not once for every micro-batch."""
+
+    def makespan(microbatches: int, message: float) -> float:
+        schedule = build("dualpipe", num_ranks=8, num_microbatches=microbatches)
+        return simulate_phases(schedule, PhaseCosts(LayerCosts.even(1.0, 1.0), message=message), level="all").makespan
+
+    added = [makespan(microbatches, 0.01) - makespan(microbatches, 0.0) for microbatches in (20, 60)]
+    assert added[1] == pytest.approx(added[0]) and added[0] < 0.3
 
 
 @pytest.mark.parametrize("links", [1, 3])

@@ -11,7 +11,6 @@ MS = 1e-3
 
 def test_pieces_follow_each_other_whatever_the_rank_does_meanwhile() -> None:
     device, start = SleptDevice(), time.perf_counter()
-    device.begin()
     device.compute(200 * MS)
     time.sleep(150 * MS)  # overhead of the rank while the device is busy
     device.compute(200 * MS)
@@ -21,10 +20,8 @@ def test_pieces_follow_each_other_whatever_the_rank_does_meanwhile() -> None:
 
 def test_nothing_starts_before_its_input_is_here() -> None:
     device, start = SleptDevice(), time.perf_counter()
-    device.begin()
     device.compute(5 * MS)
     time.sleep(20 * MS)  # waiting for a message longer than the device is busy
-    device.begin()
     device.compute(20 * MS)
     device.synchronize()
     assert time.perf_counter() - start >= 40 * MS
@@ -52,7 +49,6 @@ def test_a_blocking_device_makes_the_rank_sleep_through_every_piece() -> None:
 @pytest.mark.parametrize("serial", [False, True])
 def test_transfers_run_beside_computation_unless_serial(serial: bool) -> None:
     device, start = SleptDevice(serial=serial), time.perf_counter()
-    device.begin()
     device.compute(5 * MS)
     first = device.transfer(20 * MS)
     assert device.transfer(10 * MS) == pytest.approx(first + 10 * MS)
