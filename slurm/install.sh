@@ -27,7 +27,7 @@ missing() { echo "slurm/install.sh: $1" >&2; MISSING=1; }
 stop_if_missing() { [ "$MISSING" = 0 ] || exit 2; }
 run() { echo "+ $*"; [ -n "$DRY_RUN" ] || "$@"; }
 pip_install() {
-    run "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt \
+    run "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -c slurm/constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
 }
 

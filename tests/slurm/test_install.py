@@ -59,7 +59,8 @@ def test_torch_comes_first_and_apex_last(machine: Machine) -> None:
     done = machine.install()
     assert done.returncode == 0, done.stderr
     pip, looked = machine.calls()[:3], machine.calls()[3:]
-    assert all(call.startswith("-m pip install") and "-c constraints.txt" in call for call in pip)
+    pins = "-c constraints.txt -c slurm/constraints.txt"
+    assert all(call.startswith("-m pip install") and pins in call for call in pip)
     assert "torch==2.13.0" in pip[0]
     assert "--no-build-isolation -e .[cluster]" in pip[1]
     assert "apex @ git+https://github.com/NVIDIA/apex@" in pip[2] and "--no-build-isolation" in pip[2]

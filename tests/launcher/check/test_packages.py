@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from launcher.check import packages
 from launcher.check.run import checked
@@ -122,6 +124,30 @@ def test_a_cluster_gets_every_package_of_the_registry_at_once(setup: dict[str, A
     assert {"deepspeed", "megatron-core", "transformer-engine", "wandb", "ninja"} <= names and "apex" not in names
     always = [line.partition(">")[0] for line in setup["install_requires"]]
     assert {"torch", "hydra-core"} <= set(always)
+
+
+def test_the_seven_of_a_cluster_come_with_one_command(setup: dict[str, Any]) -> None:
+    """slurm/install.sh: torch and hydra-core with the package, four of the extra, apex by itself."""
+    script = (ROOT / "slurm" / "install.sh").read_text()
+    assert "-e '.[cluster]'" in script and "apex @ git+https://github.com/NVIDIA/apex@" in script
+    asked = {Requirement(line).name for line in (*setup["install_requires"], *setup["extras_require"]["cluster"])}
+    assert {"torch", "hydra-core", "deepspeed", "megatron-core", "transformer-engine", "wandb"} <= asked
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_pinned_versions_lie_in_the_ranges(setup: dict[str, Any], python: str) -> None:
+    """What was resolved together is what setup.py allows, and each package of the extra is pinned once."""
+    pinned: dict[str, str] = {}
+    for file in ("constraints.txt", "slurm/constraints.txt"):
+        for line in (ROOT / file).read_text().splitlines():
+            pin = Requirement(line) if line and not line.startswith("#") else None
+            if pin and (pin.marker is None or pin.marker.evaluate({"python_version": python})):
+                assert pin.name not in pinned, pin.name
+                (pinned[pin.name],) = [clause.version for clause in pin.specifier]
+    for line in (*setup["install_requires"], *setup["extras_require"]["cluster"]):
+        asked = Requirement(line)
+        name = next(n for n in pinned if canonicalize_name(n) == canonicalize_name(asked.name))
+        assert asked.specifier.contains(pinned[name]), f"{line}: {pinned[name]} is pinned"
 
 
 def test_ranges_agree_with_the_rules(setup: dict[str, Any]) -> None:
