@@ -194,14 +194,19 @@ def _layer_bytes(config: RunConfig, moe: bool, copied: int) -> float:
 
 
 def _kept_per_token(model: ModelConfig, *, moe: bool, recompute: str) -> float:
-    """Elements that a layer keeps of each token from forward to backward: the inputs of its products."""
+    """Elements that a layer keeps of each token from forward to backward: the inputs of its products.
+
+    report: neither heads nor the SwiGLUs' outputs, and of each norm only what it reads.
+    """
     c, hidden = model, model.hidden_size
     if recompute == "layer":
         return hidden
+    again = recompute == "report"
     attention = 2 * hidden + (c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim
-    attention += c.num_attention_heads * (2 * c.qk_head_dim + 2 * c.v_head_dim)
-    mlp = 3 * c.intermediate_size + hidden
+    attention += c.num_attention_heads * ((0 if again else 2 * c.qk_head_dim + c.v_head_dim) + c.v_head_dim)
+    width = 2 if again else 3  # gate and up; their product
+    mlp = width * c.intermediate_size + (0 if again else hidden)
     if moe:
-        expert = 3 * c.moe_intermediate_size
-        mlp = c.num_experts_per_tok * (hidden + expert) + hidden + c.n_shared_experts * expert
+        expert = width * c.moe_intermediate_size
+        mlp = c.num_experts_per_tok * (hidden + expert) + (0 if again else hidden) + c.n_shared_experts * expert
     return mlp + (hidden if recompute == "attend" else attention)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.attention import Documents
 from model.config import ModelConfig
 from model.dispatch import TokenDispatcher, combine_rows, dispatch_tokens
+from model.dropping import Again, Dropped
 from model.experts import Experts
 from model.mla import MultiHeadLatentAttention
 from model.mlp import MLP
@@ -19,11 +20,15 @@ from model.router import Router, Routing, attach_loss
 
 @dataclass(frozen=True)
 class Attended:
-    """State between attention and feed-forward: residual_BSD, the normed x_BSD, and the routing in a MoE layer."""
+    """State between attention and feed-forward: residual_BSD, the normed x_BSD, and the routing in a MoE layer.
+
+    x_again: where x is not to be kept, it for the backward.
+    """
 
     residual_BSD: Tensor
     x_BSD: Tensor
     routing: Routing | None
+    x_again: Again | None = None
 
 
 class MoE(nn.Module):
@@ -38,13 +43,18 @@ class MoE(nn.Module):
             self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
         self.dispatcher = dispatcher
 
-    def shared(self, x_BSD: Tensor) -> Tensor | None:
-        """Shared experts' output, None if the model has none."""
-        return None if self.shared_experts is None else self.shared_experts(x_BSD)
+    def shared(self, x_BSD: Tensor, x_again: Again | None = None) -> Tensor | None:
+        """Shared experts' output, None if the model has none; x_again: as of `Attended`."""
+        return None if self.shared_experts is None else self.shared_experts(x_BSD, x_again)
 
 
 class Block(nn.Module):
-    """A layer: h + attention(norm(h)), then h + feed-forward(norm(h)), dense or mixture of experts."""
+    """A layer: h + attention(norm(h)), then h + feed-forward(norm(h)), dense or mixture of experts.
+
+    recompute: keep no output of a norm for the backward, nor of what `MultiHeadLatentAttention` can compute again.
+    """
+
+    recompute = False
 
     def __init__(
         self, config: ModelConfig, *, moe: bool, expert_ids: range, dispatcher: TokenDispatcher | None
@@ -66,24 +76,30 @@ class Block(nn.Module):
         """
         attended = self.attend(h_BSD, rotations_SP, share, documents)
         if not isinstance(self.mlp, MoE):
-            return attended.residual_BSD + self.mlp(attended.x_BSD)
+            return attended.residual_BSD + self.mlp(attended.x_BSD, attended.x_again)
         x_TD, routing = attended.x_BSD.flatten(0, 1), attended.routing
         assert routing is not None
         sent = dispatch_tokens(self.mlp.dispatcher, x_TD, routing.ids_TK, routing.weights_TK)
         rows_RD = self.mlp.experts(sent.rows_RD, sent.weights_R, sent.counts)
         routed_TD = combine_rows(self.mlp.dispatcher, rows_RD, sent.handle)
-        return merge(attended.residual_BSD, routed_TD, self.mlp.shared(attended.x_BSD))
+        return merge(attended.residual_BSD, routed_TD, self.mlp.shared(attended.x_BSD, attended.x_again))
 
     def attend(self, h_BSD: Tensor, rotations_SP: Tensor, share: float, documents: Documents | None = None) -> Attended:
         """Attention and its residual, the second norm, and the router with its balance loss."""
-        residual_BSD = h_BSD + self.self_attn(self.input_layernorm(h_BSD), rotations_SP, documents)
-        x_BSD = self.post_attention_layernorm(residual_BSD)
+        normed_BSD, normed_again = self._normed(self.input_layernorm, h_BSD)
+        residual_BSD = h_BSD + self.self_attn(normed_BSD, rotations_SP, documents, normed_again)
+        x_BSD, x_again = self._normed(self.post_attention_layernorm, residual_BSD)
         routing = None
         if isinstance(self.mlp, MoE):
-            routing = self.mlp.gate(x_BSD.flatten(0, 1))
+            routing = self.mlp.gate(x_BSD.flatten(0, 1), x_again)
             if self.training and self.mlp.gate.config.aux_loss_alpha:
                 x_BSD = attach_loss(x_BSD, self.mlp.gate.balance_loss(routing, len(x_BSD)), share)
-        return Attended(residual_BSD, x_BSD, routing)
+        return Attended(residual_BSD, x_BSD, routing, x_again)
+
+    def _normed(self, norm: RMSNorm, h_BSD: Tensor) -> tuple[Tensor, Again | None]:
+        """norm(h), and how to compute it again where it is not to be kept."""
+        kept_BSD = h_BSD.detach()
+        return norm(h_BSD), Dropped(lambda: (norm(kept_BSD),)).part(0) if self.recompute else None
 
 
 def merge(residual_BSD: Tensor, routed_TD: Tensor, shared_BSD: Tensor | None) -> Tensor:

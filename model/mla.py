@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.attention import Documents, causal_attention
 from model.config import ModelConfig
+from model.dropping import Again, Dropped, dropping, project
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import rotate, softmax_scale
@@ -73,17 +74,55 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
         self.scale = softmax_scale(config)
 
-    def forward(self, x_BSD: Tensor, rotations_SP: Tensor, documents: Documents | None = None) -> Tensor:
-        """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions; documents: to keep apart."""
-        q = self._queries(x_BSD)
-        latent_BSC, k_BSP = self.kv_a_proj_with_mqa(x_BSD).tensor_split((self.kv_rank,), dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent_BSC))
-        q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
-        q, k, v = _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope)  # type: ignore
-        out_BHSV = causal_attention(q, k, v, self.scale, documents)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotations_SP: Tensor,
+        documents: Documents | None = None,
+        x_again: Again | None = None,
+    ) -> Tensor:
+        """x_BSD -> [B, S, D]; rotations_SP: `rope.rotations` of the S positions; documents: to keep apart.
+
+        x_again: gives x_BSD for the backward, and then of all that lies between x and the output only the two latents
+        and what the attention gives are kept; queries, keys and values are computed again (report 3.2.3).
+        """
+        query_BSQ = project(self.q_a_proj, x_BSD, x_again) if self.has_query_latent else x_BSD
+        kv_BSC = project(self.kv_a_proj_with_mqa, x_BSD, x_again)
+        inputs_again = heads_again = None
+        if x_again is not None:
+            kept_query = query_BSQ.detach() if self.has_query_latent else None
+            kept_kv = kv_BSC.detach()
+            inputs_again = Dropped(lambda: self._up_inputs(x_again() if kept_query is None else kept_query, kept_kv))
+        heads = self._heads(*self._up_inputs(query_BSQ, kv_BSC), kv_BSC, rotations_SP, inputs_again)
+        if inputs_again is not None:
+            heads_again = Dropped(lambda: self._heads(inputs_again[0], inputs_again[1], kept_kv, rotations_SP))
+        with dropping(heads_again, *heads):
+            out_BHSV = causal_attention(*heads, self.scale, documents)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
-        if hasattr(self, "q_proj"):
-            return self.q_proj(x_BSD)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+    @property
+    def has_query_latent(self) -> bool:
+        """Whether queries come from a latent of their own."""
+        return not hasattr(self, "q_proj")
+
+    def _up_inputs(self, query_BSQ: Tensor, kv_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """What the up-projections of queries (without a latent: their only projection), and of keys and values read."""
+        latent_BSC = kv_BSC.tensor_split((self.kv_rank,), dim=-1)[0]
+        query_BSQ = self.q_a_layernorm(query_BSQ) if self.has_query_latent else query_BSQ
+        return query_BSQ, self.kv_a_layernorm(latent_BSC)
+
+    def _heads(
+        self,
+        query_BSQ: Tensor,
+        latent_BSC: Tensor,
+        kv_BSC: Tensor,
+        rotations_SP: Tensor,
+        again: Dropped | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [B, H, S, X] and values [B, H, S, V]; kv_BSC has the rotary key; again: the first two."""
+        up_q = self.q_b_proj if self.has_query_latent else self.q_proj
+        q = project(up_q, query_BSQ, None if again is None else again.part(0))
+        kv = project(self.kv_b_proj, latent_BSC, None if again is None else again.part(1))
+        k_BSP = kv_BSC.tensor_split((self.kv_rank,), dim=-1)[1]
+        q_BSHX, kv_BSHY = q.unflatten(-1, (self.num_heads, -1)), kv.unflatten(-1, (self.num_heads, -1))
+        return _Assemble.apply(q_BSHX, kv_BSHY, k_BSP, rotations_SP, self.nope)  # type: ignore[return-value]

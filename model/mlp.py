@@ -1,10 +1,12 @@
 """SwiGLU: silu(gate) * up, and the dense feed-forward block made of it (also the shared experts)."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from model.dropping import Again, Dropped, project
 from model.linear import GroupedLinear, Linear
 from model.rowwise.kernels import TORCH, Rowwise
 
@@ -37,7 +39,7 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None, rowwise: Rowwise = TO
 
 
 class SwiGLUDown(Protocol):
-    """SwiGLU and down projection as one: `model/fp8/swiglu.py` has one that keeps the input in FP8 alone."""
+    """SwiGLU and down projection as one: `RecomputedSwiGLU`, and those of `model/fp8/swiglu.py`."""
 
     def __call__(
         self,
@@ -48,6 +50,26 @@ class SwiGLUDown(Protocol):
     ) -> Tensor:
         """gate_up [..., 2F] and maybe a weight for each row -> [..., out]; counts: rows of each expert."""
         ...
+
+
+@dataclass(frozen=True)
+class RecomputedSwiGLU:
+    """Keeps the SwiGLU's input as it is; its output is computed again for the down projection's weight gradient."""
+
+    rowwise: Rowwise = TORCH
+
+    def __call__(
+        self,
+        gate_up: Tensor,
+        down: Linear | GroupedLinear,
+        row_weights: Tensor | None = None,
+        counts: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """See `SwiGLUDown`."""
+        hidden = swiglu(gate_up, row_weights, self.rowwise)
+        kept, weights = gate_up.detach(), None if row_weights is None else row_weights.detach()
+        again = Dropped(lambda: (swiglu(kept, weights, self.rowwise),)).part(0)
+        return project(down, hidden, again, counts)
 
 
 class MLP(nn.Module):
@@ -61,8 +83,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
         self.swiglu_down: SwiGLUDown | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+    def forward(self, x: Tensor, x_again: Again | None = None) -> Tensor:
+        """x [..., D] -> [..., D]; x_again: x for the backward, where it is not to be kept."""
+        gate_up = project(self.gate_up_proj, x, x_again)
         if self.swiglu_down is not None:
-            return self.swiglu_down(self.gate_up_proj(x), self.down_proj)
-        return self.down_proj(swiglu(self.gate_up_proj(x), None, self.rowwise))
+            return self.swiglu_down(gate_up, self.down_proj)
+        return self.down_proj(swiglu(gate_up, None, self.rowwise))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dropping import Again, project
 from model.linear import Linear
 
 
@@ -49,10 +50,10 @@ class Router(nn.Module):
         self.counts_E.zero_()
         self.balance_loss_sum.zero_()
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """x_TD -> Routing of the T tokens."""
+    def forward(self, x_TD: Tensor, x_again: Again | None = None) -> Routing:
+        """x_TD -> Routing of the T tokens; x_again: x for the backward, where it is not to be kept."""
         c = self.config
-        scores_TE = self.proj(x_TD).sigmoid()
+        scores_TE = project(self.proj, x_TD, x_again).sigmoid()
         with torch.no_grad():
             ids_TK = self.choose(scores_TE)
             if self.training:  # an evaluation between two steps must not move the bias

@@ -38,8 +38,9 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
     # Transfers to and from experts under computation: off; pairs: of DualPipe's pairs; all: of every chunk.
     overlap: str = "pairs"  # off | pairs | all
-    # Computed again in the backward: none; attend: all of a layer but its experts; layer: the experts too.
-    recompute: str = "none"  # none | attend | layer
+    # Computed again in the backward: none; report: norms, attention's up-projections and SwiGLU, as the report does;
+    # attend: all of a layer but its experts; layer: the experts too.
+    recompute: str = "none"  # none | report | attend | layer
     # flat: one all-to-all, a row for every (token, expert); collective: between nodes, then within the node, each token
     # once over every link; native: the same by a kernel on GPUs, native_host: by its source on the CPUs of one machine;
     # deepep: DeepEP, where it is installed

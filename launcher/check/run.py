@@ -153,7 +153,7 @@ def check_choices(config: RunConfig) -> list[str]:
     choices: dict[str, Sequence[str]] = {
         "parallel.schedule": (*SCHEDULES, "auto", "a .csv file"),
         "parallel.overlap": ("off", "pairs", "all"),
-        "parallel.recompute": ("none", "attend", "layer"),
+        "parallel.recompute": ("none", "report", "attend", "layer"),
         "parallel.dispatcher": DISPATCHERS,
         "parallel.dispatch_wire": DISPATCH_WIRES,
         "parallel.dispatch_grad_wire": DISPATCH_WIRES,

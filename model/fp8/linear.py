@@ -2,6 +2,7 @@
 
 Kept for backward: the input in E4M3 (one byte a number and one a tile), in E5M6 where the layer follows attention, and
 nothing in BF16. The weight gradient's 128x1 tiles are made from that when the closure runs, the gradient's from BF16.
+With less memory (`FP8Layer.call_again`, `hold_rounded`) the same numbers are rounded at another time, to the same bits.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.dropping import Again
 from model.fp8.e5m6 import E5M6Kernels, E5M6Tensor, TorchE5M6, dequantise_e5m6, quantise_e5m6
 from model.fp8.formats import AMAX_FLOOR, Layout, QuantisedTensor, Rows, Scales, Tile
 from model.fp8.gemm import ExactProducts, FastProducts, Products
@@ -101,13 +103,15 @@ def round_weight(weight: Tensor, quantiser: Quantiser, products: Products[Any]) 
 class FP8Layer:
     """What one linear or grouped linear needs to compute in FP8; `model/linear.py` calls it where it is set.
 
-    name: of the linear in the model, for `watch`.
+    name: of the linear in the model, for `watch`. hold_rounded: a weight gradient that waits holds the output's
+    gradient in its 128x1 tiles, one byte a number, instead of wide.
     """
 
     recipe: FP8Recipe
     name: str = ""
     watch: Watch = field(default_factory=Watch)
     kept: RoundedWeight = field(default_factory=RoundedWeight)
+    hold_rounded: bool = False
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -129,7 +133,13 @@ class FP8Layer:
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
     ) -> Tensor:
         """x [..., in]; weight [out, in], or [groups, out, in] with counts rows each -> [..., out] in x's dtype."""
-        return _FP8Linear.apply(x, weight, sink, counts, self)  # type: ignore[return-value]
+        return _FP8Linear.apply(x, weight, sink, counts, self, None)  # type: ignore[return-value]
+
+    def call_again(
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Again
+    ) -> Tensor:
+        """As the call, but nothing of x is kept: `again` gives it for the backward, where it is rounded to the same."""
+        return _FP8Linear.apply(x, weight, sink, counts, self, again)  # type: ignore[return-value]
 
     def watch_input(self, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> None:
         """Sample input and weight if a sample is due."""
@@ -162,6 +172,23 @@ class FP8Layer:
             return self.input_columns.quantise(x, counts), rounded
         return quantise_e5m6(x, self.e5m6, amax_floor=self.recipe.amax_floor), rounded
 
+    def keep(self, x: Tensor, counts: tuple[int, ...]) -> "KeptInput":
+        """x as `take_input` keeps it."""
+        kind = self.recipe.input_cache
+        if kind is InputCache.E5M6:
+            return quantise_e5m6(x, self.e5m6, amax_floor=self.recipe.amax_floor)
+        return (self.input_columns if kind is InputCache.WIDE else self.input_rows).quantise(x, counts)
+
+    def held_gradient(self, grad: Tensor, counts: tuple[int, ...]) -> "Tensor | QuantisedTensor":
+        """The output's gradient as a weight gradient that may have to wait holds it."""
+        return self.gradient_columns.quantise(grad, counts) if self.hold_rounded else grad
+
+    def gradient_operand(self, held: "Tensor | QuantisedTensor", counts: tuple[int, ...]) -> Any:
+        """What was held, rounded 128x1 for Wgrad."""
+        if isinstance(held, QuantisedTensor):
+            return self.products.requantised(self.gradient_columns, held)
+        return self.products.rounded(self.gradient_columns, held, counts)
+
     def columns_of(self, kept: "KeptInput", counts: tuple[int, ...]) -> Any:
         """What was kept, rounded 128x1 for Wgrad."""
         if isinstance(kept, E5M6Tensor):
@@ -191,21 +218,32 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, layer: FP8Layer
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        sink: WeightGradSink,
+        counts: tuple[int, ...] | None,
+        layer: FP8Layer,
+        again: Again | None,
     ) -> Tensor:
         x_RI = x.flatten(0, -2)
         counts = (len(x_RI),) if counts is None else counts
         layer.watch_input(x_RI, weight, counts)
-        kept, rounded = layer.take_input(x_RI, counts)
-        layer.watch.check(layer.name, "input", tensors_of(kept)[-1])
-        ctx.like = (kept.tile, kept.rows) if isinstance(kept, QuantisedTensor) else None
-        ctx.save_for_backward(weight, *tensors_of(kept))
-        ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
+        ctx.sink, ctx.counts, ctx.layer, ctx.again = sink, counts, layer, again
+        if again is not None:
+            rounded = layer.products.rounded(layer.input_rows, x_RI, counts)
+            layer.watch.check_rounded(layer.name, "input", rounded)
+            ctx.save_for_backward(weight)
+        else:
+            kept, rounded = layer.take_input(x_RI, counts)
+            layer.watch.check(layer.name, "input", tensors_of(kept)[-1])
+            ctx.like = (kept.tile, kept.rows) if isinstance(kept, QuantisedTensor) else None
+            ctx.save_for_backward(weight, *tensors_of(kept))
         y_RO = layer.products.fprop(rounded, layer.weight(weight))
         return y_RO.to(x.dtype).view(*x.shape[:-1], y_RO.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, *tensors = ctx.saved_tensors
         layer, counts, grad_RO, grad_x = ctx.layer, ctx.counts, grad.flatten(0, -2), None
@@ -216,15 +254,21 @@ class _FP8Linear(torch.autograd.Function):
             grad_RI = layer.products.dgrad(rounded, layer.weight(weight))
             grad_x = grad_RI.to(grad.dtype).view(*grad.shape[:-1], grad_RI.shape[1])
         if ctx.needs_input_grad[1]:
-            kept = from_tensors(tuple(tensors), ctx.like)
-            ctx.sink.put(weight, lambda acc: add_weight_grad(layer, acc, grad_RO, kept, counts))
-        return grad_x, None, None, None, None
+            if ctx.again is None:
+                kept = from_tensors(tuple(tensors), ctx.like)
+            else:
+                kept = layer.keep(ctx.again().flatten(0, -2), counts)
+            held = layer.held_gradient(grad_RO, counts)
+            ctx.sink.put(weight, lambda acc: add_weight_grad(layer, acc, held, kept, counts))
+        ctx.again = None
+        return grad_x, None, None, None, None, None
 
 
-def add_weight_grad(layer: FP8Layer, acc: Tensor, grad_RO: Tensor, kept: KeptInput, counts: tuple[int, ...]) -> None:
-    """acc [(groups,) out, in] in FP32 += grad^T x with both rounded 128x1 along the rows."""
-    grad = layer.products.rounded(layer.gradient_columns, grad_RO, counts)
-    layer.products.add_wgrad(acc, grad, layer.columns_of(kept, counts))
+def add_weight_grad(
+    layer: FP8Layer, acc: Tensor, held: Tensor | QuantisedTensor, kept: KeptInput, counts: tuple[int, ...]
+) -> None:
+    """acc [(groups,) out, in] in FP32 += grad^T x with both rounded 128x1 along the rows; held: see `held_gradient`."""
+    layer.products.add_wgrad(acc, layer.gradient_operand(held, counts), layer.columns_of(kept, counts))
 
 
 def weights_changed(module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Bytes that one layer keeps from its forward to its backward, item by item, from the configuration alone; no torch.
 
-`kept_by_layer` is exactly what autograd saves on a CPU (a test compares), one storage counted once; `put_off_by_layer`
-is what a weight gradient that waits holds (zero bubble); `kept_in_report` is what DeepSeek's engine keeps. The planner
-walks schedules with these and has no table of its own. Not in it: the dispatcher's index lists, and what attention
-kernels of a GPU keep beside q, k and v.
+`kept_by_layer` is exactly what autograd keeps on a CPU (a test compares), one storage counted once; `put_off_by_layer`
+is what a weight gradient that waits holds (zero bubble). Both know the level `report` of `parallel.recompute`, which is
+`model.recompute`; the other levels drop whole phases of these lists. The planner walks schedules with these and has no
+table of its own. `kept_by_attention_kernel`: what a GPU's adds. Not in it: the dispatcher's index lists.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
 from model.counts import block_shapes
-from model.fp8.precision_map import BITS, Precision, Row, precision_map
+from model.fp8.precision_map import BITS, TILE, Precision, Row, precision_map
 
 FP32, INT64 = 4, 8
 
@@ -37,8 +37,10 @@ def _part(module: str) -> str:
     return {"experts": "experts", "shared_experts": "shared"}.get(module.partition(".")[0], "attend")
 
 
-def kept_by_layer(model: ModelConfig, precision: Precision, *, moe: bool) -> list[Kept]:
+def kept_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, recompute: str = "none") -> list[Kept]:
     """What a layer keeps, in the order of its forward; routed experts with all the experts of a token."""
+    if recompute == "report":
+        return _kept_less(model, precision, moe=moe)
     rows = [r for r in precision_map(model, precision) if r.layer == ("MoE layer" if moe else "dense layer")]
     wide = BITS[precision.wide] / 8
     found = [Kept("norm before attention", model.hidden_size * wide + FP32)]
@@ -54,9 +56,44 @@ def kept_by_layer(model: ModelConfig, precision: Precision, *, moe: bool) -> lis
     return found + [Kept(f"{row.module} {row.tensor}", row.bytes) for row in _distinct(model, precision, inputs)]
 
 
-def bytes_kept(model: ModelConfig, precision: Precision, *, moe: bool, tokens: int, sequences: int) -> float:
+def _kept_less(model: ModelConfig, precision: Precision, *, moe: bool) -> list[Kept]:
+    """Of `model.recompute`: what the norms read, attention's output, the SwiGLUs' inputs, rows and routing."""
+    engine = elsewhere(precision)
+    found = []
+    for item in kept_by_layer(model, _with_swiglu(precision, again=True), moe=moe):
+        module, _, tensor = item.what.partition(" ")
+        own = tensor == "input" and module not in ("o_proj", "experts.gate_up_proj")
+        if engine and module == "o_proj":  # the very tensor that the attention kernel keeps
+            found.append(Kept(item.what, model.num_attention_heads * model.v_head_dim * BITS[precision.wide] / 8))
+        elif not own and item.what not in ("attention q, k, v", "router: input"):
+            found.append(item)
+    if engine and moe:  # rows filled up for its products are a copy, which it rounds and keeps
+        columns = kept_by_layer(model, _with_swiglu(precision, again=False), moe=moe)
+        found += [item for item in columns if item.what == "experts.down_proj input"]
+    return found
+
+
+def elsewhere(precision: Precision) -> bool:
+    """Whether products are in FP8 and computed by Transformer Engine, which keeps inputs in its own way."""
+    return precision.precision == "fp8" and precision.fp8.backend == "transformer_engine"
+
+
+def _with_swiglu(precision: Precision, *, again: bool) -> Precision:
+    return replace(precision, fp8=replace(precision.fp8, recompute_swiglu=again))
+
+
+def kept_by_attention_kernel(model: ModelConfig, precision: Precision, *, recompute: str = "none") -> Kept:
+    """What a GPU's flash attention keeps beside q, k and v: its output, wide, and a number a row."""
+    same = precision.precision != "fp8" or (recompute == "report" and elsewhere(precision))
+    output = 0.0 if same else model.v_head_dim * BITS[precision.wide] / 8  # else the linear after it keeps that tensor
+    return Kept("attention kernel", model.num_attention_heads * (output + FP32))
+
+
+def bytes_kept(
+    model: ModelConfig, precision: Precision, *, moe: bool, tokens: int, sequences: int, recompute: str = "none"
+) -> float:
     """Bytes of a layer for a micro-batch of so many tokens in so many sequences."""
-    return bytes_of(kept_by_layer(model, precision, moe=moe), tokens, sequences)
+    return bytes_of(kept_by_layer(model, precision, moe=moe, recompute=recompute), tokens, sequences)
 
 
 def bytes_of(items: Iterable[Kept], tokens: int, sequences: int) -> float:
@@ -64,9 +101,18 @@ def bytes_of(items: Iterable[Kept], tokens: int, sequences: int) -> float:
     return sum(item.per_token * tokens + item.per_sequence * sequences for item in items)
 
 
-def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool) -> list[Kept]:
-    """What a layer's weight gradients hold while they wait: each linear's input as kept, its output's gradient wide."""
+def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, recompute: str = "none") -> list[Kept]:
+    """What a layer's weight gradients hold while they wait: each linear's input as kept, its output's gradient wide.
+
+    With `report`, and in FP8, the input of a down projection and the gradients in the tiles that the product reads.
+    """
     wide = BITS[precision.wide] / 8
+    rounded = recompute == "report" and precision.precision == "fp8"
+    if rounded:
+        precision = _with_swiglu(precision, again=False)
+        each = 1 + precision.scale_bytes / TILE
+    else:
+        each = wide
     again = precision.precision == "fp8" and precision.fp8.recompute_swiglu
     found = [
         Kept(item.what, item.per_token)
@@ -78,35 +124,8 @@ def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool) -> 
         if len(shape) < 2:
             continue
         copies = model.num_experts_per_tok if module.startswith("experts.") else 1
-        size = FP32 if module == "gate.proj" else wide
+        size = FP32 if module == "gate.proj" else each
         found.append(Kept(f"{module} gradient", copies * shape[-2] * size))
-    return found
-
-
-def kept_in_report(model: ModelConfig, *, moe: bool) -> list[Kept]:
-    """What the report's engine keeps (sections 3.2.3 and 3.3.3); norms, up-projections and SwiGLU are computed again.
-
-    Residuals and latents in BF16, the output of attention in 12 bits, rows of the experts and SwiGLU inputs in FP8.
-    """
-    D, heads = model.hidden_size, model.num_attention_heads
-    latent = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    width = model.moe_intermediate_size if moe else model.intermediate_size
-    wide = (model.n_shared_experts if moe else 1) * width
-    found = [
-        Kept("residual before attention", 2 * D),
-        Kept("latents", 4 * latent),
-        Kept("o_proj input", 1.5 * heads * model.v_head_dim),
-        Kept("attention statistics", FP32 * heads),
-        Kept("residual before the experts", 2 * D),
-        Kept("shared_experts.down_proj SwiGLU input" if moe else "down_proj SwiGLU input", 2 * wide),
-    ]
-    if moe:
-        chosen = model.num_experts_per_tok
-        found += [
-            Kept("experts.gate_up_proj input", chosen * D),
-            Kept("experts.down_proj SwiGLU input", chosen * 2 * width),
-            Kept("router: scores, choice, weights", FP32 * model.n_routed_experts + 2 * INT64 * chosen),
-        ]
     return found
 
 

@@ -1,7 +1,8 @@
-"""SwiGLU and the down projection as one function that keeps only FP8: the input of the SwiGLU in 1x128 tiles.
+"""SwiGLU and the down projection, keeping the input of the SwiGLU in 1x128 FP8 tiles and nothing of its output.
 
-The activation's output, the down projection's input, is recomputed in backward from that (report 3.2.3): nothing of it
-is kept. Gradients are those of the activation at the rounded input, as a kernel that reads the cache would give them.
+The activation's output, the down projection's input, is recomputed in backward from that (report 3.2.3). Gradients are
+those of the activation at the rounded input, as a kernel that reads the cache would give them. `FP8SwiGLU` is one
+function over an `FP8Layer`; `CachedSwiGLU` leaves the projection to whatever computes it.
 """
 
 from dataclasses import dataclass
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.dropping import Dropped, project
 from model.fp8.formats import QuantisedTensor
 from model.fp8.linear import FP8Layer, from_tensors, tensors_of
+from model.fp8.quantise import Quantiser
 from model.linear import GroupedLinear, Linear
 from model.mlp import swiglu
+from model.rowwise.kernels import TORCH, Rowwise
 from model.weight_grad import WeightGradSink
 
 
@@ -62,12 +66,16 @@ class _SwiGLULinear(torch.autograd.Function):
         inputs = [gate_up] if factors is None else [gate_up, factors]
         grad_gate_up, *grad_factors = torch.autograd.grad(hidden, inputs, grad_hidden)
         if ctx.needs_input_grad[2]:
+            held = layer.held_gradient(grad_RO, counts)
+            columns = layer.input_columns.quantise(hidden.detach(), counts) if layer.hold_rounded else None
 
             def add(acc: Tensor) -> None:
-                again = swiglu(_wide(layer, kept, grad.dtype), _flat(row_weights))
-                columns = layer.products.rounded(layer.input_columns, again, counts)
-                gradient = layer.products.rounded(layer.gradient_columns, grad_RO, counts)
-                layer.products.add_wgrad(acc, gradient, columns)
+                if columns is None:
+                    again = swiglu(_wide(layer, kept, grad.dtype), _flat(row_weights))
+                    right = layer.products.rounded(layer.input_columns, again, counts)
+                else:
+                    right = layer.products.requantised(layer.input_columns, columns)
+                layer.products.add_wgrad(acc, layer.gradient_operand(held, counts), right)
 
             ctx.sink.put(weight, add)
         grad_rows = grad_factors[0].view(row_weights.shape) if row_weights is not None else None
@@ -115,3 +123,55 @@ class FP8SwiGLU:
         return swiglu_linear(
             gate_up, down.weight, layer=self.layer, sink=down.sink, row_weights=row_weights, counts=counts
         )
+
+
+class _CachedSwiGLU(torch.autograd.Function):
+    """gate_up [R, 2F], row weights [R] or None -> [R, F]; keeps `values` and `scales`, gate_up rounded 1x128."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: Tensor,
+        row_weights: Tensor | None,
+        values: Tensor,
+        scales: Tensor,
+        like: Any,
+        rowwise: Rowwise,
+    ) -> Tensor:
+        ctx.save_for_backward(row_weights, values, scales)
+        ctx.like, ctx.rowwise, ctx.dtype = like, rowwise, gate_up.dtype
+        return rowwise.swiglu(gate_up, row_weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        row_weights, *tensors = ctx.saved_tensors
+        kept = from_tensors(tuple(tensors), ctx.like[0])
+        gradient = ctx.rowwise.swiglu_backward(ctx.like[1].widen(kept).to(ctx.dtype), row_weights, grads[0])
+        return gradient.gate_up, gradient.weights, None, None, None, None
+
+
+@dataclass(frozen=True)
+class CachedSwiGLU:
+    """SwiGLU that keeps its input in FP8, and a down projection whose input is computed again from that.
+
+    For projections that compute in FP8 elsewhere (Transformer Engine). rows: quantiser of the cache.
+    """
+
+    rows: Quantiser
+    rowwise: Rowwise = TORCH
+
+    def __call__(
+        self,
+        gate_up: Tensor,
+        down: Linear | GroupedLinear,
+        row_weights: Tensor | None = None,
+        counts: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """See `model.mlp.SwiGLUDown`."""
+        matrix, weights = gate_up.flatten(0, -2), _flat(row_weights)
+        kept = self.rows.quantise(matrix.detach(), counts)
+        like, dtype = ((kept.tile, kept.rows), self.rows), gate_up.dtype
+        hidden: Tensor = _CachedSwiGLU.apply(matrix, weights, kept.values, kept.scales, like, self.rowwise)  # type: ignore
+        plain = None if weights is None else weights.detach()
+        again = Dropped(lambda: (self.rowwise.swiglu(self.rows.widen(kept).to(dtype), plain),)).part(0)
+        return project(down, hidden.view(*gate_up.shape[:-1], hidden.shape[1]), again, counts)

@@ -5,7 +5,7 @@ the transfers are the dispatcher's own, started in one phase and awaited in a la
 order give what `Transformer.forward` and its backward give, bitwise but for the sums over halves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from model.block import Attended, Block, MoE, merge
 from model.dispatch import Combined, Dispatched, Pending
+from model.recompute import keep_less
 from model.torch_linear import serve
 from model.transformer import Link, Losses, Microbatch, StageLoss, Transformer
+from parallel.pipeline.graph import Entrance, Graph
 from parallel.pipeline.phases import Phase
 from parallel.pipeline.weight_grad import Contributions, DeferredSink
 
@@ -75,6 +76,8 @@ class ModelStages:
         self._sink = DeferredSink()
         for stage in stages.values():
             serve(stage, self._sink)
+            if recompute == "report":
+                keep_less(stage)
 
     @property
     def hidden_size(self) -> int:
@@ -92,37 +95,16 @@ class ModelStages:
         return len(self._stages[stage].chain()) if self._cut else 1
 
 
-class _Graph:
-    """A computation between leaves and roots, of whose roots only the edges are kept once `outputs` is cleared.
-
-    again: computes the roots once more, for the backward; the first time then keeps nothing inside.
-    """
-
-    def __init__(self, compute: Callable[[], list[Tensor]], *, again: Callable[[], list[Tensor]] | None = None) -> None:
-        with torch.set_grad_enabled(again is None):
-            self.outputs = compute()
-        self._again = again
-        self._roots = [get_gradient_edge(root) for root in self.outputs] if again is None else []
-
-    def backward(self, *grads: Tensor | None) -> None:
-        """Gradients of the roots (None: a scalar loss) go to the leaves and the sink."""
-        roots: Sequence[Any] = self._roots
-        if self._again is not None:
-            with torch.enable_grad():
-                roots = self._again()
-        torch.autograd.backward(roots, list(grads))
-
-
 @dataclass
 class _Half:
     """Some of the tokens on their way through the experts of a layer."""
 
     tokens: slice
     arriving: Pending[Dispatched] | None = None
-    rows_RD: Tensor | None = None
+    rows: Entrance = field(default_factory=Entrance)
     weights_R: Tensor | None = None
     handle: Any = None
-    graph: _Graph | None = None
+    graph: Graph | None = None
     returning: Pending[Combined] | None = None
 
 
@@ -132,19 +114,21 @@ class _Link:
 
     hidden_BSD: Tensor | None
     halves: list[_Half] = field(default_factory=list)
-    graph: _Graph | None = None
+    graph: Graph | None = None
     num_losses: int = 0
     attended: Attended | None = None
-    shared: _Graph | None = None
-    shared_input_BSD: Tensor | None = None
+    residual_BSD: Tensor | None = None
+    shared: Graph | None = None
+    shared_input: Entrance | None = None
 
 
 class ModelChunk:
     """`Chunk` over a `Transformer` stage.
 
     halves: parts in which tokens go through the experts. cut: phase by phase; else the whole stage is the `end` of a
-    chain of one link. recompute: `none`, `attend` (everything but the experts is computed again in the backward) or
-    `layer` (the experts too). No transfer is ever repeated: the rows that arrived are kept.
+    chain of one link. recompute: `none`, `report` (the stage's own layers keep less: `model.recompute`), `attend`
+    (everything but the experts is computed again in the backward) or `layer` (the experts too). No transfer is ever
+    repeated: the rows that arrived are kept.
     """
 
     def __init__(
@@ -200,14 +184,14 @@ class ModelChunk:
 
     @torch.no_grad()
     def _merged(self, link: _Link) -> Tensor:
-        assert link.attended is not None
+        assert link.residual_BSD is not None
         routed = [half.returning.wait().sum_TD for half in link.halves if half.returning is not None]
         for half in link.halves:
             half.returning = None
         shared_BSD = None if link.shared is None else link.shared.outputs.pop()
         routed_TD = torch.cat(routed) if len(routed) > 1 else routed[0]
-        merged_BSD = merge(link.attended.residual_BSD, routed_TD, shared_BSD)
-        link.attended = None
+        merged_BSD = merge(link.residual_BSD, routed_TD, shared_BSD)
+        link.residual_BSD = None
         return merged_BSD
 
     # Forward
@@ -231,7 +215,9 @@ class ModelChunk:
             with _uncounted(block):
                 return compute(Losses())
 
-        link.graph = _Graph(lambda: compute(self._losses), again=again if self._recompute != "none" else None)
+        link.graph = Graph(
+            lambda: compute(self._losses), again=again if self._recompute in ("attend", "layer") else None
+        )
         link.num_losses = len(link.graph.outputs) - 3
         link.graph.outputs.clear()
         num_tokens = link.attended.x_BSD[..., 0].numel()  # type: ignore[union-attr]
@@ -248,22 +234,25 @@ class ModelChunk:
 
     def _shared(self, number: int) -> None:
         link, moe = self._links[number], self._moe(number)
-        assert link.attended is not None
+        attended, link.attended = link.attended, None
+        assert attended is not None
+        link.residual_BSD = attended.residual_BSD.detach()
         if moe.shared_experts is None:
             return
-        leaf_BSD = link.shared_input_BSD = link.attended.x_BSD.detach().requires_grad_()
-        link.shared = self._layer_graph(lambda: [moe.shared(leaf_BSD)])  # type: ignore[list-item]
+        x_BSD, again, entrance = attended.x_BSD.detach(), attended.x_again, Entrance()
+        link.shared_input = entrance
+        link.shared = self._layer_graph(lambda: [moe.shared(entrance(x_BSD), again)])  # type: ignore[list-item]
 
-    def _layer_graph(self, compute: Callable[[], list[Tensor]]) -> _Graph:
-        return _Graph(compute, again=compute if self._recompute == "layer" else None)
+    def _layer_graph(self, compute: Callable[[], list[Tensor]]) -> Graph:
+        return Graph(compute, again=compute if self._recompute == "layer" else None)
 
     def _experts(self, number: int, half: _Half) -> None:
         assert half.arriving is not None
         arrived, half.arriving = half.arriving.wait(), None
-        rows_RD, weights_R = arrived.rows_RD.requires_grad_(), arrived.weights_R.detach().requires_grad_()
-        half.rows_RD, half.weights_R, half.handle = rows_RD, weights_R, arrived.handle
-        moe, counts = self._moe(number), arrived.counts
-        half.graph = self._layer_graph(lambda: [moe.experts(rows_RD, weights_R, counts)])
+        rows_RD, weights_R = arrived.rows_RD, arrived.weights_R.detach().requires_grad_()
+        half.weights_R, half.handle = weights_R, arrived.handle
+        moe, counts, enter = self._moe(number), arrived.counts, half.rows
+        half.graph = self._layer_graph(lambda: [moe.experts(enter(rows_RD), weights_R, counts)])
 
     def _combine(self, number: int, half: _Half) -> None:
         assert half.graph is not None
@@ -277,7 +266,7 @@ class ModelChunk:
             out_BSD = self._chain[number].enter(link.hidden_BSD, self._batch, self._losses)
             return self._losses.roots[before:] if self._stage.is_last else [out_BSD]
 
-        link.graph = _Graph(compute)
+        link.graph = Graph(compute)
         link.num_losses = len(link.graph.outputs) if self._stage.is_last else 0
         if self._stage.is_last:
             summed = self._losses.result()
@@ -330,11 +319,9 @@ class ModelChunk:
         half.graph = None
 
     def _dispatch_grad(self, number: int, half: _Half) -> None:
-        assert half.rows_RD is not None and half.weights_R is not None
-        grad_RD, grad_R = half.rows_RD.grad, half.weights_R.grad
-        assert grad_RD is not None
-        half.returning = self._moe(number).dispatcher.combine(grad_RD, half.handle, grad_R)
-        half.rows_RD = half.weights_R = None
+        assert half.weights_R is not None
+        half.returning = self._moe(number).dispatcher.combine(half.rows.take(), half.handle, half.weights_R.grad)
+        half.weights_R = None
 
     def _attend_grad(self, number: int) -> None:
         link = self._links[number]
@@ -342,8 +329,8 @@ class ModelChunk:
         returned = [half.returning.wait() for half in link.halves if half.returning is not None]
         grad_TD = torch.cat([part.sum_TD for part in returned]) if len(returned) > 1 else returned[0].sum_TD
         grad_BSD = grad_TD.view_as(self._grad_BSD)
-        if link.shared_input_BSD is not None and link.shared_input_BSD.grad is not None:
-            grad_BSD = grad_BSD + link.shared_input_BSD.grad
+        if link.shared_input is not None:
+            grad_BSD = grad_BSD + link.shared_input.take()
         weights = [part.weights_TK for part in returned if part.weights_TK is not None]
         grad_TK = torch.cat(weights) if len(weights) > 1 else weights[0]
         with self._grads_of(number):

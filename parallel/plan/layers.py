@@ -1,8 +1,8 @@
 """The kernels of one layer and one micro-batch, phase by phase, priced on a machine. No torch.
 
 Phases are those of `parallel.pipeline.phases`; `attend_weights` and so on are the weight gradients that a phase puts
-off. With recompute=attend or layer the whole forward of those phases is added to their gradients; with `report`, which
-is DeepSeek's engine, norms and the up-projections of attention are computed again (SwiGLU wherever products are FP8).
+off. With recompute=attend or layer the whole forward of those phases is added to their gradients; with `report` norms
+and the up-projections of attention are computed again, and outputs of SwiGLU.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ class LayerShape:
 
     tokens: of a micro-batch on one rank, sequences of `sequence_length`. expert: ranks of the expert axis. fp8:
     products in FP8, else BF16. way: how rows travel (`parallel.expert.cost.WAYS`). dispatch_fp8, dispatch_grad_fp8:
-    their wires. recompute: none | attend | layer, or report. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's.
+    their wires. recompute: as `parallel.recompute`. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's.
     cut: ranks that share each sequence: every one gathers the latents of all of it and projects them up. imbalance: of
     the fullest rank of an expert group, rows over the mean.
     """
@@ -135,8 +135,8 @@ def _attention(pen: _Pen) -> None:
     else:
         pen.linear(F, c.q_lora_rank, D, T, back=B)
         pen.linear(F, wide_q, c.q_lora_rank, T, back=B)
-        for phase in again:
-            pen.linear(phase, wide_q, c.q_lora_rank, T)
+    for phase in again:
+        pen.linear(phase, wide_q, c.q_lora_rank or D, T)
     pen.linear(F, c.kv_lora_rank + c.qk_rope_head_dim, D, T, back=B)
     seen = T * pen.shape.cut
     pen.linear(F, wide_kv, c.kv_lora_rank, seen, back=B)

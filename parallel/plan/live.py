@@ -1,22 +1,33 @@
 """Bytes that a rank's actions allocate and free, phase by phase, as `parallel.pipeline.chunk` does it. No torch.
 
-A `Work` is turned into a `Swing`: how far the level rises while it runs and where it leaves it. What is kept comes from
-`model.fp8.memory`; what is only there while a phase computes is counted in tensors of `model.mla`, `model.mlp`,
-`model.loss`. Rows under way are those of `parallel.expert.flat`; another dispatcher sends fewer.
+What is kept comes from `model.fp8.memory`; what is only there while a phase computes is counted in tensors of
+`model.mla`, `model.mlp`, `model.loss`; rows under way in buffers of `parallel.expert`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from model.config import ModelConfig
-from model.fp8.memory import bytes_of, kept_by_layer, kept_in_report, put_off_by_layer
+from model.fp8.memory import Kept, bytes_of, kept_by_attention_kernel, kept_by_layer, put_off_by_layer
 from model.fp8.precision_map import Precision
-from parallel.pipeline.phases import backward_program, forward_program
+from parallel.pipeline.phases import Phase, Program, backward_program, forward_program
 
 KINDS = ("kept", "put_off", "computing", "travelling")
 PARTS = ("attend", "shared", "experts")
-INDEX_BYTES, LOCAL_INDEX_BYTES = 36, 16  # a row: orders and inverses of the flat and of the local dispatcher, weights
 HEADS, BLOCK, BF16_BLOCK = 8, 128, 256  # of model.attention's products on a CPU
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """Bytes in the buffers of a micro-batch's transfers, of both sides, until whoever waits has read what arrived.
+
+    dispatch, gradient: of tokens and of gradients on the same way; combine: of partial sums, both ways back. index: of
+    lists that the routing keeps from the first transfer to the last.
+    """
+
+    dispatch: float = 0.0
+    gradient: float = 0.0
+    combine: float = 0.0
+    index: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,8 @@ class Setting:
     """What decides the bytes of a chunk.
 
     tokens: of a micro-batch, in sequences of `length`; rows: that the experts get. spread: experts lie on other ranks.
-    cut: the chunk runs phase by phase. recompute: none | attend | layer, or `report`: as DeepSeek's engine. on_cpu:
-    scratch of the CPU's attention and loss. logits_bytes: of one chunk of FP32 logits.
+    cut: the chunk runs phase by phase. recompute: as `parallel.recompute`. on_cpu: scratch of the CPU's attention and
+    loss, and attention that keeps q, k and v alone. logits_bytes: of one chunk of FP32 logits.
     """
 
     model: ModelConfig
@@ -38,6 +49,7 @@ class Setting:
     recompute: str
     on_cpu: bool
     logits_bytes: float
+    under_way: UnderWay = UnderWay()
 
     @property
     def element(self) -> int:
@@ -89,6 +101,14 @@ class Ledger:
         return Swing(self.peak, self.level)
 
 
+@dataclass
+class Passing:
+    """A chunk on its way through an action: the parts its tokens take, links whose weight gradients are computed."""
+
+    halves: int = 1
+    done: set[int] = field(default_factory=set)
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a layer: bytes kept from forward to backward, and put off from backward to weight gradient."""
@@ -101,18 +121,16 @@ def parts_of(setting: Setting, *, moe: bool) -> dict[str, Part]:
     """A layer's, by part; the hidden state that enters is in attend."""
     s = setting
     sequences = max(1, s.tokens // s.length)
-    if s.recompute == "report":
-        kept, put_off = kept_in_report(s.model, moe=moe), []
-    else:
-        kept = kept_by_layer(s.model, s.precision, moe=moe)
-        put_off = put_off_by_layer(s.model, s.precision, moe=moe)
+    kept = kept_by_layer(s.model, s.precision, moe=moe, recompute=s.recompute)
+    put_off = put_off_by_layer(s.model, s.precision, moe=moe, recompute=s.recompute)
+    if not s.on_cpu:
+        kept.append(kept_by_attention_kernel(s.model, s.precision, recompute=s.recompute))
     share = s.rows / (s.tokens * s.model.num_experts_per_tok)
 
-    def total(items: list, part: str) -> float:
+    def total(items: list[Kept], part: str) -> float:
         return bytes_of([x for x in items if x.part == part], s.tokens, sequences) * (share if part == "experts" else 1)
 
-    # the report does not say what its weight gradients wait with: taken to be all that the chunk kept
-    return {p: Part(total(kept, p), total(put_off, p) if put_off else total(kept, p)) for p in PARTS}
+    return {p: Part(total(kept, p), total(put_off, p)) for p in PARTS}
 
 
 @dataclass(frozen=True)
@@ -148,22 +166,23 @@ class Stage:
         self.s, self.fronts = setting, fronts(setting.model, layers)
         self.first = layers.start == 0
         self.moe, self.dense = parts_of(setting, moe=True), parts_of(setting, moe=False)["attend"]
-        self.again = setting.recompute in ("attend", "layer")
+        self.again, self.less = setting.recompute in ("attend", "layer"), setting.recompute == "report"
 
-    def program(self, kind: str) -> Iterator[tuple[str, int]]:
-        """Phases of an action as (kind, link), whole or cut; `weights` of B at its end where it is whole."""
+    def program(self, kind: str, *, halves: int = 1) -> Program:
+        """Phases of an action, whole or cut; `weights` of B at its end where it is whole."""
         links = len(self.fronts)
         if kind == "W":
-            return iter([("weights", 0)])
-        program = forward_program(links) if kind == "F" else backward_program(links, weights=kind == "B")
-        phases = [(phase.kind, phase.link) for phase in program]
+            return (Phase("weights", 0),)
+        if kind == "F":
+            return forward_program(links, halves=halves)
+        program = backward_program(links, halves=halves, weights=kind == "B")
         if not self.s.cut and kind == "B":  # nothing to hide: all weight gradients once the chunk is done
-            phases = [*(p for p in phases if p[0] != "weights"), ("weights", 0)]
-        return iter(phases)
+            return (*(phase for phase in program if phase.kind != "weights"), Phase("weights", 0))
+        return program
 
-    def play(self, kind: str, link: int, ledger: Ledger, done: set[int]) -> None:
-        """One phase; done: links whose weight gradients of this chunk are computed."""
-        getattr(self, f"_{kind}")(link, ledger, done)
+    def play(self, phase: Phase, ledger: Ledger, chunk: Passing) -> None:
+        """One phase of a chunk."""
+        getattr(self, f"_{phase.kind}")(phase.link, ledger, chunk)
 
     # what comes before a layer
 
@@ -208,14 +227,17 @@ class Stage:
 
     # phases
 
-    def _attend(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _attend(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
         s, front = self.s, self.fronts[link]
         if link:
             self._merge(ledger)
         kept = self.moe["attend"].kept + self._front_kept(front)
         x = s.hidden if self._x_apart else 0.0
         working = self._projected() + self._scratch(backward=False)
-        if self.again:  # the residual and the normed state stay until the layer is merged
+        if self.less:  # the heads last until attention is done; x until the shared experts have read it
+            ledger.move(kept=kept + self._index, travelling=s.hidden)
+            ledger.move(computing=max(working + self._assembled(), self._logits(front)) - s.hidden)
+        elif self.again:  # the residual and the normed state stay until the layer is merged
             hidden = s.hidden if link or not self.first else 0.0
             inner = kept - hidden
             ledger.move(kept=hidden + s.hidden + self._index, travelling=s.hidden, computing=inner + working)
@@ -225,17 +247,18 @@ class Stage:
     @property
     def _x_apart(self) -> bool:
         """Whether the normed state that the experts read is in no part's list but the shared experts'."""
-        return bool(self.s.model.n_shared_experts) and self.s.precision.precision != "fp8"
+        return bool(self.s.model.n_shared_experts) and self.s.precision.precision != "fp8" and not self.less
 
     @property
     def _index(self) -> float:
-        return self.s.rows * (INDEX_BYTES if self.s.spread else LOCAL_INDEX_BYTES)
+        return self.s.under_way.index
 
-    def _dispatch(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        if self.s.spread:
-            ledger.move(travelling=2 * self.s.row_bytes)
+    def _dispatch(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        ledger.move(travelling=self.s.under_way.dispatch / chunk.halves)
 
-    def _shared(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _shared(self, _link: int, ledger: Ledger, _chunk: Passing) -> None:
+        if self.less:
+            ledger.move(travelling=-self.s.hidden)
         if not self.s.model.n_shared_experts:
             return
         kept = self.moe["shared"].kept - (self.s.hidden if self._x_apart else 0.0)
@@ -244,43 +267,36 @@ class Stage:
 
     @property
     def _leaf_rows(self) -> float:
-        """Rows that the chunk holds for their gradient."""
-        return self.s.row_bytes if self.s.cut and self.s.recompute != "report" else 0.0
+        """Rows that the chunk holds to compute the experts again."""
+        return self.s.row_bytes if self.s.recompute == "layer" else 0.0
 
     @property
     def _listed_rows(self) -> float:
         """Of those in the list of the experts, which a linear without FP8 keeps as they are."""
         return self.s.row_bytes if self.s.precision.precision != "fp8" else 0.0
 
-    def _experts(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        s, rows = self.s, self.s.row_bytes
-        inner = self.moe["experts"].kept - self._listed_rows
+    def _experts(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        s, rows = self.s, self.s.row_bytes / chunk.halves
+        inner = (self.moe["experts"].kept - self._listed_rows) / chunk.halves
         if s.spread:  # as they arrived, then by expert
             ledger.move(computing=rows)
-            ledger.move(travelling=-2 * rows)
-        stays, again = max(self._leaf_rows, self._listed_rows), s.recompute == "layer"
+            ledger.move(travelling=-s.under_way.dispatch / chunk.halves)
+        stays, again = max(self._leaf_rows, self._listed_rows) / chunk.halves, s.recompute == "layer"
         passing = (inner if again else 0.0) + rows - stays
         ledger.move(kept=stays + (0.0 if again else inner), travelling=rows, computing=passing)
 
-    def _combine(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        rows = self.s.row_bytes
-        if self.s.spread:
-            ledger.move(travelling=2 * rows)
-        ledger.move(travelling=-rows)
+    def _combine(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        ledger.move(travelling=self.s.under_way.combine / chunk.halves)
+        ledger.move(travelling=-self.s.row_bytes / chunk.halves)
 
     def _merge(self, ledger: Ledger) -> None:
         """Sums of routed rows, shared and residual become the next link's hidden state, which that link's list has."""
         s = self.s
         shared = s.hidden if s.model.n_shared_experts else 0.0
         ledger.move(computing=2 * s.hidden)
-        ledger.move(travelling=-self._returning - shared - (s.hidden if self.again else 0.0))
+        ledger.move(travelling=-s.under_way.combine - shared - (s.hidden if self.again else 0.0))
 
-    @property
-    def _returning(self) -> float:
-        """Rows under way back to their tokens."""
-        return 2 * self.s.row_bytes if self.s.spread else 0.0
-
-    def _end(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _end(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
         front = self.fronts[link]
         if link:
             self._merge(ledger)
@@ -290,15 +306,15 @@ class Stage:
         ledger.move(computing=computing)
         ledger.move(kept=-kept, put_off=put_off)
 
-    def _end_grad(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _end_grad(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
         front = self.fronts[link]
         ledger.move(travelling=self.s.hidden)  # the gradient that comes, or that the loss makes
         self._put_off(ledger, self._front_kept(front), self._front_put_off(front), 2 * self.s.hidden)
 
-    def _combine_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        ledger.move(travelling=(2 if self.s.spread else 1) * self.s.row_bytes)
+    def _combine_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        ledger.move(travelling=(self.s.under_way.gradient if self.s.spread else self.s.row_bytes) / chunk.halves)
 
-    def _shared_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _shared_grad(self, _link: int, ledger: Ledger, _chunk: Passing) -> None:
         s = self.s
         if not s.model.n_shared_experts:
             return
@@ -310,87 +326,50 @@ class Stage:
         self._put_off(ledger, kept, put_off)
         ledger.move(travelling=s.hidden)
 
-    def _experts_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        s, rows, experts = self.s, self.s.row_bytes, self.moe["experts"]
+    def _experts_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        s, rows, experts = self.s, self.s.row_bytes / chunk.halves, self.moe["experts"]
         if s.spread:
             ledger.move(computing=rows)
-            ledger.move(travelling=-2 * rows)
+            ledger.move(travelling=-s.under_way.gradient / chunk.halves)
         else:
             ledger.move(travelling=-rows)  # from here on in the list of what waits
-        inner = experts.kept - self._listed_rows
+        listed = self._listed_rows / chunk.halves
+        inner = experts.kept / chunk.halves - listed
         if s.recompute == "layer":
             ledger.move(kept=inner)
-        width = s.rows * s.model.moe_intermediate_size * s.element
-        self._put_off(ledger, inner + self._listed_rows, experts.put_off, width)
+        width = s.rows * s.model.moe_intermediate_size * s.element / chunk.halves
+        self._put_off(ledger, inner + listed, experts.put_off / chunk.halves, width)
         ledger.move(travelling=rows)
 
-    def _dispatch_grad(self, _link: int, ledger: Ledger, _done: set[int]) -> None:
-        ledger.move(travelling=self._returning)
-        ledger.move(travelling=-self.s.row_bytes, kept=0.0 if self._listed_rows else -self._leaf_rows)
+    def _dispatch_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+        ledger.move(travelling=self.s.under_way.combine / chunk.halves)
+        leaf = 0.0 if self._listed_rows else self._leaf_rows / chunk.halves
+        ledger.move(travelling=-self.s.row_bytes / chunk.halves, kept=-leaf)
 
-    def _attend_grad(self, link: int, ledger: Ledger, _done: set[int]) -> None:
+    def _attend_grad(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
         s, front, attend = self.s, self.fronts[link], self.moe["attend"]
         kept = attend.kept + self._front_kept(front)
         x = s.hidden if self._x_apart else 0.0
         if self.again:
             hidden = s.hidden if link or not self.first else 0.0
             ledger.move(kept=kept + x - hidden - s.hidden)
+        if self.less:
+            ledger.move(computing=self._projected() + self._assembled())
         working = self._assembled() + self._scratch(backward=True)
         ledger.move(computing=working + s.hidden)
-        ledger.move(travelling=s.hidden - self._returning)
+        ledger.move(travelling=s.hidden - s.under_way.combine)
         summed = s.hidden + (s.hidden if s.model.n_shared_experts else 0.0)
         put_off = attend.put_off + self._front_put_off(front) + x
         self._put_off(ledger, kept + x, put_off, 0.0)
         ledger.move(computing=self._assembled())
         ledger.move(travelling=-summed, kept=-self._index)
 
-    def _weights(self, link: int, ledger: Ledger, done: set[int]) -> None:
+    def _weights(self, link: int, ledger: Ledger, chunk: Passing) -> None:
         for number in range(len(self.fronts)):
-            if number < link or number in done:
+            if number < link or number in chunk.done:
                 continue
-            done.add(number)
+            chunk.done.add(number)
             size = self._front_put_off(self.fronts[number])
             if number < len(self.fronts) - 1:
                 size += sum(part.put_off for part in self.moe.values())
             ledger.move(put_off=-size)
-
-
-def swing_of(actions: tuple[tuple[str, Stage], ...]) -> Swing:
-    """Of actions that run as one: (kind, stage). Of a pair the phases take turns, the backward first.
-
-    What is left in `put_off` of a B is nothing; a backward's own gradient leaves with its message.
-    """
-    ledger = Ledger()
-    programs = [list(stage.program(kind)) for kind, stage in actions]
-    done: list[set[int]] = [set() for _ in actions]
-    order = _alternating(programs) if len(actions) == 2 and actions[0][0] == "F" else _one_by_one(programs)
-    for which, (kind, link) in order:
-        actions[which][1].play(kind, link, ledger, done[which])
-    for kind, stage in actions:
-        if kind in "BI":
-            ledger.move(travelling=-stage.s.hidden)
-    return ledger.swing()
-
-
-def _one_by_one(programs: list[list[tuple[str, int]]]) -> Iterator[tuple[int, tuple[str, int]]]:
-    for which, program in enumerate(programs):
-        yield from ((which, phase) for phase in program)
-
-
-_WAIT = ("attend", "end", "experts", "experts_grad", "attend_grad")
-
-
-def _alternating(programs: list[list[tuple[str, int]]]) -> Iterator[tuple[int, tuple[str, int]]]:
-    """As `parallel.pipeline.overlap` interleaves: between two turns the other computes; the backward begins."""
-    sides = []
-    for program in programs:
-        turns: list[list[tuple[str, int]]] = [[]]
-        for kind, link in program:
-            if kind in _WAIT and turns[-1]:
-                turns.append([])
-            turns[-1].append((kind, link))
-        sides.append(turns)
-    for i in range(max(map(len, sides))):
-        for which in (1, 0):
-            if i < len(sides[which]):
-                yield from ((which, phase) for phase in sides[which][i])

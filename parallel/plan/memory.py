@@ -15,12 +15,16 @@ from model.fp8.config import DEFAULT_FP8, FP8Config
 from model.fp8.precision_map import WIDE, Precision
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Action, Pair, Schedule, parts
-from parallel.plan.layers import LayerShape
-from parallel.plan.live import KINDS, Setting, Stage, Swing, fronts, parts_of, swing_of
+from parallel.pipeline.overlap import halves_of
+from parallel.plan.layers import LayerShape, balanced_traffic
+from parallel.plan.live import KINDS, Setting, Stage, Swing, UnderWay, fronts, parts_of
+from parallel.plan.swing import Acting, swing_of
 
 POSTED_AHEAD = 4  # receives of each kind, parallel.pipeline.p2p
 NCCL_BYTES = 1.5 * 2**30  # assumed: CUDA context and the buffers of about a dozen communicators
 MARGIN = 0.04  # of what is allocated: what the caching allocator cannot use, assumed
+# A row: orders, inverses and weights of the local and the flat dispatcher, of the one in stages; there also of a copy.
+LOCAL_INDEX_BYTES, FLAT_INDEX_BYTES, ROUTED_INDEX_BYTES, COPY_INDEX_BYTES = 16, 36, 28, 24
 ALIGN = 64  # elements, parallel.zero1
 ADAMW_CHUNK, INT64 = 1 << 15, 8  # optim.adamw, a token
 # Of a weight's rounded copy: the fast oracle keeps it in BF16, Transformer Engine as it is and transposed.
@@ -118,7 +122,29 @@ def setting_of(
         recompute=shape.recompute,
         on_cpu=on_cpu,
         logits_bytes=CPU_LOGITS_BYTES if on_cpu else GPU_LOGITS_BYTES,
+        under_way=under_way(shape, element=4 if precision == "fp32" else 2),
     )
+
+
+def under_way(shape: LayerShape, *, element: int) -> UnderWay:
+    """Buffers of a micro-batch's transfers: `parallel.expert.flat` where a row goes to every expert, else `collective`.
+
+    Both sides have one, and the first stage's stays until the second is over. Wires as configured; partial sums wide.
+    """
+    wide = shape.model.hidden_size * element
+    if shape.expert == 1:
+        return UnderWay(index=LOCAL_INDEX_BYTES * shape.rows)
+    if shape.way == "expert":
+        rows = 2.0 * shape.rows * wide
+        return UnderWay(rows, rows, rows, FLAT_INDEX_BYTES * shape.rows)
+    copies = balanced_traffic(shape.workload(fp8=True), shape.way)
+    share = shape.rows / (shape.tokens * shape.model.num_experts_per_tok)
+    one_node = shape.expert <= shape.ranks_per_node
+    reached = share * shape.tokens * (copies.ranks + (0.0 if one_node else copies.nodes))
+    narrow = shape.model.hidden_size * (1 + 1 / 128)
+    out, gradient = (narrow if fp8 else wide for fp8 in (shape.dispatch_fp8, shape.dispatch_grad_fp8))
+    index = ROUTED_INDEX_BYTES * shape.rows + COPY_INDEX_BYTES * reached
+    return UnderWay(2 * reached * out, 2 * reached * gradient, 2 * reached * wide, index)
 
 
 def layer_kept_bytes(setting: Setting, *, moe: bool) -> float:
@@ -143,7 +169,7 @@ def memory_of(
     moments_bytes: of an element of each of the two moments. on_cpu: with gloo and the CPU's scratch memory.
     """
     setting = setting_of(shape, parallel, precision=precision, fp8=fp8, on_cpu=on_cpu)
-    walk = _Walk(schedule, stages, setting, level=parallel.overlap if parallel.expert > 1 else "off")
+    walk = Walk(schedule, stages, setting, level=parallel.overlap if parallel.expert > 1 else "off")
     found = []
     for rank, held in enumerate(holdings(shape.model, parallel, schedule, stages)):
         bytes_by_kind = _held_bytes(held, setting, moments_bytes=moments_bytes)
@@ -166,8 +192,8 @@ def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: i
     precision = setting.precision
     rounded = 0.0
     if precision.precision == "fp8":
-        each = 1 if setting.recompute == "report" else ROUNDED_BYTES[precision.fp8.backend]
-        rounded = sum(h.rounded for h in held) * (each if precision.fp8.weights_per_step else 0)
+        each = ROUNDED_BYTES[precision.fp8.backend] if precision.fp8.weights_per_step else 0
+        rounded = sum(h.rounded for h in held) * each
     return {
         "weights": number * setting.element + rounded,
         "gradients": number * 4 + sum(_shard(h) * 4 for h in held if h.group > 1),
@@ -186,11 +212,12 @@ def _buffer_bytes(model: ModelConfig, stages: list[range], held: tuple[Holding, 
     return rotations + blocks * (12 * model.n_routed_experts + 4) + 3 * 4 * min(ADAMW_CHUNK, longest)
 
 
-class _Walk:
+class Walk:
     """A rank's actions as swings of its level, each kind of action worked out once."""
 
     def __init__(self, schedule: Schedule, stages: tuple[range, ...], setting: Setting, *, level: str) -> None:
         self.schedule, self.setting, self.level = schedule, setting, level
+        self.halves = halves_of(schedule, level)
         alike: dict[object, Stage] = {}
         self.stages = []
         for layers in stages:
@@ -204,7 +231,7 @@ class _Walk:
         remaining = self._incoming(rank)
         message = self.setting.hidden
         best: dict[str, float] = {**held, "messages": 0.0}
-        for actions in self._works(rank):
+        for actions in self.works(rank):
             posted = sum(min(POSTED_AHEAD, left) for left in remaining.values()) * message
             swing = self._swing(actions)
             now = {kind: held[kind] + swing.peak[kind] for kind in KINDS}
@@ -218,7 +245,7 @@ class _Walk:
                     remaining[source] -= 1
         return best
 
-    def _works(self, rank: int) -> Iterator[tuple[Action, ...]]:
+    def works(self, rank: int) -> Iterator[tuple[Action, ...]]:
         steps = self.schedule.ranks[rank]
         position = 0
         while position < len(steps):
@@ -235,10 +262,19 @@ class _Walk:
             else:
                 yield parts(here)
 
+    def acting(self, actions: tuple[Action, ...]) -> tuple[Acting, ...]:
+        """Actions of one work as the walk plays them."""
+        joined = [a.kind for a in actions] == ["I", "W"]  # its weight gradients run under its transfers, as of B
+        return tuple(
+            Acting("B" if joined else a.kind, self.stages[a.stage], self.halves.get((a.stage, a.microbatch), 1))
+            for a in (actions[:1] if joined else actions)
+        )
+
     def _swing(self, actions: tuple[Action, ...]) -> Swing:
-        key = tuple((action.kind, id(self.stages[action.stage])) for action in actions)
+        acting = self.acting(actions)
+        key = tuple((one.kind, id(one.stage), one.halves) for one in acting)
         if key not in self._swings:
-            self._swings[key] = swing_of(tuple((a.kind, self.stages[a.stage]) for a in actions))
+            self._swings[key] = swing_of(acting)
         return self._swings[key]
 
     def _source(self, rank: int, action: Action) -> int | None:

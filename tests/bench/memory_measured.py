@@ -2,6 +2,7 @@
 
 `python -m tests.bench.memory_measured [NAME ...]` prints a table; the slow tests hold it to 5%. Measured: tensors that
 stay after a step, by their storages, and the most that the next step allocates beside them, from torch's allocator.
+`--phases RANK NAME` prints the levels of one case phase by phase instead, beside those of the planner's walk.
 """
 
 import gc
@@ -15,7 +16,10 @@ from launcher.config import RunConfig
 from model.config import ModelConfig
 from model.experts import Experts
 from parallel.plan.job import Job
-from parallel.plan.memory import memory_of
+from parallel.plan.layers import LayerShape
+from parallel.plan.live import KINDS, Ledger, Passing
+from parallel.plan.memory import Walk, memory_of, setting_of
+from parallel.plan.swing import order_of
 from tests.distributed import run_distributed
 from tests.launcher.spine import MODEL, config, write_tokens
 from tests.parallel.plan.jobs import h800
@@ -112,17 +116,116 @@ def measure(run_config: RunConfig) -> tuple[int, int, float]:
         return stays, peak, sum(rows) / len(rows)
 
 
+@dataclass(frozen=True)
+class Level:
+    """Bytes above the level at the step's beginning: the most in a phase, and at its end."""
+
+    name: str
+    most: float
+    end: float
+
+
+def levels(run_config: RunConfig) -> tuple[list[Level], float]:
+    """Measured levels of a step's phases on this rank, and mean rows of its experts."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from launcher.build import build
+    from launcher.runtime import process_group
+    from launcher.step import train_step
+    from parallel.pipeline.chunk import ModelChunk
+
+    with process_group(run_config.train) as process:
+        run = build(run_config, process)
+        train_step(run)
+        rows: list[int] = []
+        for module in [m for stage in run.model.stages.values() for m in stage.modules() if isinstance(m, Experts)]:
+            module.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        plain = ModelChunk.run
+
+        def watched(chunk: Any, phase: Any) -> None:
+            with record_function(f"phase {phase.kind} {phase.link} {phase.half}"):
+                plain(chunk, phase)
+
+        ModelChunk.run = watched  # type: ignore[method-assign]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            train_step(run)
+        results: Any = recorded.profiler
+        events = results.kineto_results.events()
+        memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        spans = sorted(
+            (e.start_ns(), e.start_ns() + e.duration_ns(), e.name()) for e in events if e.name().startswith("phase ")
+        )
+        found, level, position = [], 0.0, 0
+        for start, end, name in spans:
+            while position < len(memory) and memory[position][0] < start:
+                level += memory[position][1]
+                position += 1
+            most = level
+            while position < len(memory) and memory[position][0] <= end:
+                level += memory[position][1]
+                most = max(most, level)
+                position += 1
+            found.append(Level(name.removeprefix("phase "), most, level))
+        level += sum(size for _, size in memory[position:])
+        return [*found, Level("after", level, level)], sum(rows) / len(rows)
+
+
+def predicted_levels(case: Case, rank: int, rows: float) -> list[Level]:
+    """The planner's levels of the same phases."""
+    job, shape = _job(case, rows)
+    schedule = job.schedule()
+    setting = setting_of(shape, job.parallel, precision=case.precision, fp8=job.fp8, on_cpu=True)
+    level = case.overlap if case.expert > 1 else "off"
+    walk = Walk(schedule, job.stages(schedule), setting, level=level)
+    found, held = [], dict.fromkeys(KINDS, 0.0)
+    for actions in walk.works(rank):
+        acting = walk.acting(actions)
+        chunks = [Passing(one.halves) for one in acting]
+        for which, phase in order_of(acting):
+            ledger = Ledger(dict(held), dict.fromkeys(KINDS, 0.0))
+            acting[which].stage.play(phase, ledger, chunks[which])
+            held = ledger.level
+            most = max(sum(ledger.peak.values()), sum(held.values()))
+            found.append(Level(f"{phase.kind} {phase.link} {phase.half}", most, sum(held.values())))
+        for one in acting:
+            if one.kind in "BI":
+                held["travelling"] -= setting.hidden
+    return found
+
+
+def print_levels(case: Case, prefix: str, rank: int) -> None:
+    """Phase by phase, in KiB: the most and the end, measured and predicted."""
+    measured = run_distributed(case.pipeline * case.data, levels, case.run_config(prefix))
+    found, rows = measured[rank]
+    predicted = predicted_levels(case, rank // case.data, rows)
+    print(f"{case.name}, rank {rank}, {rows:.0f} rows; KiB: most measured, predicted, end measured, predicted, change")
+    before = (0.0, 0.0)
+    for here, there in zip(found, predicted, strict=False):
+        numbers = [here.most, there.most, here.end, there.end, here.end - before[0], there.end - before[1]]
+        print(f"{here.name:<20}{there.name:<20}" + " ".join(f"{number / 1024:9.0f}" for number in numbers))
+        before = (here.end, there.end)
+    print(f"{len(found)} phases, {len(predicted)} predicted; left after the step: {found[-1].end / 1024:.0f}")
+
+
+def _job(case: Case, rows: float) -> tuple[Job, LayerShape]:
+    """The case as a job, and its layers with so many rows a rank: an untrained gate is not balanced."""
+    run_config = case.run_config("unused")
+    batch = case.microbatches * case.data
+    job = Job(
+        case.model, run_config.parallel, h800(), case.length, 1, batch, case.precision, 1e6, 4, fp8=run_config.fp8
+    )  # fmt: skip
+    return job, replace(job.shape(), imbalance=rows / job.shape().rows)
+
+
 def compare(case: Case, prefix: str) -> list[Compared]:
     """Every rank's bytes."""
     run_config = case.run_config(prefix)
     measured = run_distributed(case.pipeline * case.data, measure, run_config)
     parallel = run_config.parallel
-    batch = case.microbatches * case.data
-    job = Job(case.model, parallel, h800(), case.length, 1, batch, case.precision, 1e6, 4, fp8=run_config.fp8)
-    schedule = job.schedule()
     found = []
     for rank, (stays, peak, rows) in enumerate(measured):
-        shape = replace(job.shape(), imbalance=rows / job.shape().rows)  # an untrained gate is not balanced
+        job, shape = _job(case, rows)
+        schedule = job.schedule()
         memory = memory_of(
             shape, parallel, schedule, job.stages(schedule), precision=case.precision, moments_bytes=4, fp8=job.fp8,
             on_cpu=True,
@@ -136,6 +239,7 @@ CASES = [
     *BY_SCHEDULE,
     Case("1f1b", data=1, expert=1),
     Case("zbv", data=1, expert=1),
+    Case("dualpipe", recompute="report"),
     Case("dualpipe", recompute="attend"),
     Case("dualpipe", recompute="layer"),
     Case("dualpipe", overlap="all"),
@@ -143,6 +247,8 @@ CASES = [
     Case("dualpipe", precision="bf16"),
     Case("dualpipe", precision="fp8"),
     Case("1f1b", precision="fp8", recompute="layer"),
+    Case("dualpipe", precision="fp8", recompute="report"),
+    Case("dualpipe", precision="bf16", overlap="all", recompute="report"),
     Case("dualpipe", model=TINY, length=64),
     Case("dualpipe", pipeline=4, data=4, expert=4, model=replace(MID, num_hidden_layers=8), microbatches=8),
 ]
@@ -152,9 +258,12 @@ def main(chosen: list[str]) -> None:
     """Prints a row for each case whose name has one of the words."""
     import tempfile
 
-    print(f"{'run':<66}{'predicted / measured, by rank'}")
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_tokens(f"{folder}/tokens")
+        if chosen[:1] == ["--phases"]:
+            (case,) = (case for case in CASES if case.name == chosen[2])
+            return print_levels(case, prefix, int(chosen[1]))
+        print(f"{'run':<66}{'predicted / measured, by rank'}")
         for case in CASES:
             if not chosen or any(all(part in case.name for part in word.split(",")) for word in chosen):
                 ratios = sorted({f"{pair.ratio:.3f}" for pair in compare(case, prefix)})

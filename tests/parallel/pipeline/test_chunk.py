@@ -1,12 +1,16 @@
 """A chunk run phase by phase equals the stage run at once, bitwise; in halves, within rounding."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.fp8.apply import apply_fp8
+from model.fp8.config import FP8Config
 from model.transformer import Microbatch, StageLoss, Transformer
 from parallel.pipeline.chunk import ModelChunk, ModelStages
 from parallel.pipeline.phases import Phase, backward_program, forward_program
@@ -58,9 +62,18 @@ def at_once(config: ModelConfig, layers: range) -> dict[str, Tensor]:
     return results(stage, [out], None if leaf is None else leaf.grad)
 
 
-def by_phases(config: ModelConfig, layers: range, *, halves: int, recompute: str, split: bool) -> dict[str, Tensor]:
-    """split: all weight gradients after everything else."""
+def by_phases(
+    config: ModelConfig,
+    layers: range,
+    *,
+    halves: int,
+    recompute: str,
+    split: bool,
+    change: Callable[[Transformer], Any] = lambda stage: None,
+) -> dict[str, Tensor]:
+    """split: all weight gradients after everything else; change: of the stage, before anything runs."""
     stage = stage_of(config, layers)
+    change(stage)
     stages = ModelStages({0: stage}, cut=True, recompute=recompute)
     chunk = stages.new_chunk(0, batch(), halves)
     assert isinstance(chunk, ModelChunk)
@@ -79,7 +92,7 @@ def by_phases(config: ModelConfig, layers: range, *, halves: int, recompute: str
     return results(stage, outputs, chunk.input_grad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("recompute", ["none", "attend", "layer"])
+@pytest.mark.parametrize("recompute", ["none", "report", "attend", "layer"])
 @pytest.mark.parametrize("split", [False, True], ids=["B", "I_W"])
 @pytest.mark.parametrize("part", STAGES)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -92,7 +105,7 @@ def test_phases_equal_the_stage_bitwise(name: str, part: str, split: bool, recom
     assert not different
 
 
-@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("recompute", ["none", "report", "layer"])
 @pytest.mark.parametrize("part", STAGES)
 def test_halves_equal_the_stage_within_rounding(part: str, recompute: str) -> None:
     expected = at_once(CONFIG, STAGES[part])
@@ -100,6 +113,24 @@ def test_halves_equal_the_stage_within_rounding(part: str, recompute: str) -> No
     for key, value in expected.items():
         error, size = (found[key] - value).double().norm(), value.double().norm()
         assert error <= 2e-6 * size, key
+
+
+@pytest.mark.parametrize("keys", [{}, {"scales": "fp32", "attention_cache": "fp8"}], ids=["pow2", "fp32"])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("split", [False, True], ids=["B", "I_W"])
+def test_in_fp8_every_level_is_bitwise_the_same(split: bool, halves: int, keys: dict[str, Any]) -> None:
+    """What is rounded later or earlier, computed again or held, is the same number."""
+    fp8 = FP8Config(native=False, **keys)
+
+    def found(recompute: str) -> dict[str, Tensor]:
+        return by_phases(
+            CONFIG, STAGES["whole"], halves=halves, recompute=recompute, split=split, change=lambda s: apply_fp8(s, fp8)
+        )  # fmt: skip
+
+    plain = found("none")
+    for level in ("report", "attend", "layer"):
+        less = found(level)
+        assert not [key for key, value in plain.items() if not torch.equal(less[key], value)], level
 
 
 def test_recomputation_saves_less_for_the_backward() -> None:

@@ -3,8 +3,9 @@ import math
 import pytest
 
 from model.counts import counts
-from parallel.plan.live import KINDS, Stage, swing_of
+from parallel.plan.live import KINDS, Stage
 from parallel.plan.memory import holdings, memory_of, setting_of, stages_of
+from parallel.plan.swing import Acting, swing_of
 from tests.parallel.plan.jobs import V3, small, v3
 
 
@@ -71,7 +72,7 @@ def test_activations_follow_the_schedule():
 
 def swings(setting, layers):
     stage = Stage(setting, layers)
-    return {kind: swing_of(((kind, stage),)) for kind in "FIBW"}
+    return {kind: swing_of((Acting(kind, stage),)) for kind in "FIBW"}
 
 
 @pytest.mark.parametrize("layers", [range(0, 3), range(3, 8)], ids=["first", "last"])
