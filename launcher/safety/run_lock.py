@@ -4,7 +4,8 @@ The lock says who owns it and is never written again; beside it the owner counts
 every few seconds, so that an owner that wakes up late cannot write over its successor's lock. Whoever finds a lock
 looks at its owner: a process of this machine that is gone, or an earlier start of the same Slurm job, holds nothing;
 any other owner is watched, and if its counter stands still for long enough the lock is taken over. An owner that has
-lost its lock learns of it within one beat, and its run ends. Clocks of two machines are never compared.
+lost its lock learns of it within one beat and counts on until its run has ended, for which the successor waits: an
+earlier start may live on where Slurm no longer reaches it. Clocks of two machines are never compared.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any
 LOCK = "lock.json"
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 20.0
+QUIET_BEATS = 3  # without a count: an owner that has lost its lock has ended
 
 
 class RunLockError(ValueError):
@@ -55,6 +57,11 @@ def _is_gone(owner: dict[str, Any]) -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job and owner.get("job") == job and owner.get("restart") != os.environ.get("SLURM_RESTART_COUNT", "0"):
         return True
+    return _is_dead(owner)
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether it was a process of this machine and has ended."""
     if owner.get("host") != os.uname().nodename or not isinstance(owner.get("pid"), int):
         return False
     return _process_start(owner["pid"]) != owner.get("process_start")
@@ -75,17 +82,24 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock and keep it alive. RunLockError when another job holds it, after watching its heartbeat."""
+        """Take the lock, keep it alive, and wait for the end of whoever had it.
+
+        RunLockError when another job holds it, after watching its heartbeat.
+        """
+        before = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._beat_path(self._token).write_text("0")
         try:
             while not self._create():
-                self._take_away(self._wait_for_owner())
+                before = self._wait_for_owner()
+                self._take_away(before)
         except BaseException:
             self._beat_path(self._token).unlink(missing_ok=True)
             raise
         self._thread = threading.Thread(target=self._keep, daemon=True, name="run lock")
         self._thread.start()
+        if before is not None:
+            self._wait_for_end(before)
 
     def _owner(self) -> dict[str, Any]:
         return {
@@ -145,19 +159,27 @@ class RunLock:
             self.path.rename(aside)
         except FileNotFoundError:
             return
-        found = _read(aside)
-        if found != watched:
+        if _read(aside) != watched:
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
-        elif found is not None:
-            self._beat_path(found.get("token")).unlink(missing_ok=True)
         aside.unlink()
+
+    def _wait_for_end(self, before: dict[str, Any]) -> None:
+        """Return when the earlier owner has removed its counter, is dead, or counts no more, but not for ever."""
+        beats, quiet_since = self._beats(before), time.monotonic()
+        deadline = quiet_since + 3 * self._stale_seconds
+        while beats is not None and not _is_dead(before) and (now := time.monotonic()) < deadline:
+            if now - quiet_since > QUIET_BEATS * self._beat_seconds:
+                break
+            time.sleep(min(self._beat_seconds, 0.5))
+            if self._beats(before) != beats:
+                beats, quiet_since = self._beats(before), time.monotonic()
+        self._beat_path(before.get("token")).unlink(missing_ok=True)
 
     def _keep(self) -> None:
         beats = 0
         while not self._ended.wait(self._beat_seconds):
-            if self._successor() is not None:
-                return
+            self._successor()
             beats += 1
             with contextlib.suppress(OSError):  # a full disk: the lock grows stale, which `require` does not hide
                 self._beat_path(self._token).write_text(str(beats))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -108,6 +109,28 @@ def test_an_owner_that_wakes_up_late_leaves_its_successor_alone(tmp_path: Path) 
     lock.release()
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     assert json.loads((tmp_path / LOCK).read_text())["token"] == "other"
+
+
+def test_an_earlier_start_that_is_still_alive_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm has lost the node that it is on, and has started the job again: its last step must not come after that."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first, second = quick(tmp_path, 30), quick(tmp_path, 30)
+    first.acquire()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    waiter = threading.Thread(target=second.acquire)
+    waiter.start()
+    deadline = time.monotonic() + 10
+    while not first.lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert first.lost
+    time.sleep(0.6)  # the last step of the first start
+    assert waiter.is_alive()
+    first.release()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    second.require()
+    second.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_that_wait_for_a_silent_owner_one_wins(tmp_path: Path) -> None:
