@@ -12,6 +12,7 @@ its tensor core drops, which `hopper_accumulate` models apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,6 +38,9 @@ class Factor:
         """First and last (exclusive) index of every block of K."""
         length = self.values.shape[1]
         return list(pairwise([*range(0, length, TILE_SIZE), length])) if length else []
+
+
+Product = Callable[[Factor, Factor], Tensor]  # left right^T in FP32, scales applied
 
 
 def along_columns(tensor: QuantisedTensor) -> Factor:
@@ -69,22 +73,46 @@ def exact_product(left: Factor, right: Factor) -> Tensor:
     return result
 
 
-def fprop(x: QuantisedTensor, weight: QuantisedTensor) -> Tensor:
+def fprop(x: QuantisedTensor, weight: QuantisedTensor, product: Product = exact_product) -> Tensor:
     """y [rows, out] in FP32: rows of group g of x [rows, in] times group g of weight [groups * out, in]."""
     pairs = zip(x.groups(), weight.groups(), strict=True)
-    return torch.cat([exact_product(along_columns(rows), along_columns(matrix)) for rows, matrix in pairs])
+    return torch.cat([product(along_columns(rows), along_columns(matrix)) for rows, matrix in pairs])
 
 
-def dgrad(grad: QuantisedTensor, weight: QuantisedTensor) -> Tensor:
+def dgrad(grad: QuantisedTensor, weight: QuantisedTensor, product: Product = exact_product) -> Tensor:
     """dx [rows, in] in FP32: rows of group g of grad [rows, out] times group g of weight [groups * out, in]."""
     pairs = zip(grad.groups(), weight.groups(), strict=True)
-    return torch.cat([exact_product(along_columns(rows), along_rows(matrix)) for rows, matrix in pairs])
+    return torch.cat([product(along_columns(rows), along_rows(matrix)) for rows, matrix in pairs])
 
 
-def wgrad(grad: QuantisedTensor, x: QuantisedTensor) -> Tensor:
+def wgrad(grad: QuantisedTensor, x: QuantisedTensor, product: Product = exact_product) -> Tensor:
     """dw [groups, out, in] in FP32, zero for a group without rows: grad [rows, out], x [rows, in]."""
     pairs = zip(grad.groups(), x.groups(), strict=True)
-    return torch.stack([exact_product(along_rows(left), along_rows(right)) for left, right in pairs])
+    return torch.stack([product(along_rows(left), along_rows(right)) for left, right in pairs])
+
+
+def hopper_product(left: Factor, right: Factor) -> Tensor:
+    """As `exact_product`, with the tensor core's sum inside a block of 128: `hopper_accumulate`, promoted."""
+    _check_lengths(left, right)
+    result = torch.zeros(len(left.values), len(right.values))
+    for block, (start, stop) in enumerate(left.bounds):
+        sides = (Factor(side.values[:, start:stop], side.scales) for side in (left, right))
+        partial = hopper_accumulate(*sides, promote_every=None)
+        result += (partial * left.scales[:, block, None]) * right.scales[None, :, block]
+    return result
+
+
+def unpromoted_product(left: Factor, right: Factor) -> Tensor:
+    """As `hopper_product` without promotion: one accumulator for all of K, which operands enter with their scales.
+
+    Scales of blocks could not be applied otherwise; with one scale for a whole tensor it makes no difference.
+    """
+    wide = (
+        Factor(side.values * side.scales.double().repeat_interleave(TILE_SIZE, dim=1)[:, : side.values.shape[1]],
+               side.scales)
+        for side in (left, right)
+    )  # fmt: skip
+    return hopper_accumulate(*wide, promote_every=None)
 
 
 def hopper_accumulate(
@@ -93,7 +121,7 @@ def hopper_accumulate(
     *,
     promote_every: int | None = TILE_SIZE,
     kept_bits: int = KEPT_BITS,
-    chunk: int = 1 << 22,
+    chunk: int = 1 << 18,
 ) -> Tensor:
     """left right^T of the bare values (scales left out), summed as Hopper's tensor core is described to sum FP8.
 
