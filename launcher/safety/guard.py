@@ -112,12 +112,12 @@ class Safety:
             self._lock.release()
 
     def _note(self, text: str, **facts: Any) -> None:
-        """Say it, and keep it: run_dir/faults.jsonl has everything out of the ordinary."""
-        self._say(text)
+        """Keep it and say it: run_dir/faults.jsonl has everything out of the ordinary."""
         if self._run.process.rank == 0:
             record = {"time": time.time(), "step": self._run.progress.step, "what": text, **facts}
             with open(Path(self._run.config.run_dir) / "faults.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        self._say(text)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint that verifies; whether there was one."""
