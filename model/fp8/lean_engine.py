@@ -54,7 +54,7 @@ class _FillUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, index: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        return x_RI.new_zeros(num_rows, x_RI.shape[1]).index_copy_(0, index, x_RI)
+        return _filled(x_RI, index, num_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -62,11 +62,15 @@ class _FillUp(torch.autograd.Function):
         return grads[0].index_select(0, index), None, None
 
 
+def _filled(x_RI: Tensor, index: Tensor | None, num_rows: int) -> Tensor:
+    return x_RI if index is None else x_RI.new_zeros(num_rows, x_RI.shape[1]).index_copy_(0, index, x_RI)
+
+
 class LeanEngineLinear(TransformerEngineLinear):
     """The adapter with its store and its saved input changed.
 
-    shares_input: the input is a tensor that is kept anyway, as what an attention kernel gives. Rows that have to be
-    filled up are a copy which nobody else has: of that Transformer Engine keeps its rounded columns.
+    shares_input: the input is a tensor that is kept anyway, as what an attention kernel gives; but rows that have to be
+    filled up are a copy which nobody else has, of which Transformer Engine keeps its rounded columns.
     """
 
     def __init__(self, te: Any, recipe: Any, weight: nn.Parameter, *, shares_input: bool = False) -> None:
@@ -91,10 +95,10 @@ class LeanEngineLinear(TransformerEngineLinear):
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Again
     ) -> Tensor:
         """See `FP8Layer.call_again`."""
-        return self._product(x, weight, sink, counts, Dropped(lambda: (again(),)))
+        return self._product(x, weight, sink, counts, again)
 
     def _product(
-        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Dropped | None
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Again | None
     ) -> Tensor:
         x_RI = x.flatten(0, -2)
         if torch.is_grad_enabled() and not x_RI.requires_grad:
@@ -105,9 +109,10 @@ class LeanEngineLinear(TransformerEngineLinear):
         if sum(splits) != len(x_RI):
             index = _places(groups, splits, x.device)
             rows = _FillUp.apply(rows, index, sum(splits))
-        self.module.save_original_input = index is None and (again is not None or self._shares_input)
+        dropped = None if again is None else Dropped(lambda: (_filled(again().flatten(0, -2), index, sum(splits)),))
+        self.module.save_original_input = again is not None or (index is None and self._shares_input)
         arguments = (rows,) if counts is None else (rows, splits)
-        with dropping(again if index is None else None, rows), self._te.autocast(enabled=True, recipe=self._recipe):
+        with dropping(dropped, rows), self._te.autocast(enabled=True, recipe=self._recipe):
             y = self.module(*arguments, is_first_microbatch=self._fresh)
         self._fresh = False
         y = y if index is None else y.index_select(0, index)

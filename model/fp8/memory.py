@@ -67,9 +67,6 @@ def _kept_less(model: ModelConfig, precision: Precision, *, moe: bool) -> list[K
             found.append(Kept(item.what, model.num_attention_heads * model.v_head_dim * BITS[precision.wide] / 8))
         elif not own and item.what not in ("attention q, k, v", "router: input"):
             found.append(item)
-    if engine and moe:  # rows filled up for its products are a copy, which it rounds and keeps
-        columns = kept_by_layer(model, _with_swiglu(precision, again=False), moe=moe)
-        found += [item for item in columns if item.what == "experts.down_proj input"]
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from launcher.config import RunConfig
 from model.config import ModelConfig
 from model.experts import Experts
+from parallel.pipeline.actions import parts
 from parallel.plan.job import Job
 from parallel.plan.layers import LayerShape
 from parallel.plan.live import KINDS, Ledger, Passing
@@ -89,6 +90,31 @@ def tensor_bytes() -> int:
     return sum(sizes.values())
 
 
+class Rows:
+    """Rows that the experts of a rank get, in whatever parts a chunk's tokens come."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.total = run, 0
+        for stage in run.model.stages.values():
+            for module in stage.modules():
+                if isinstance(module, Experts):
+                    module.register_forward_pre_hook(self._count)
+
+    def _count(self, _module: Any, given: Any) -> None:
+        self.total += len(given[0])
+
+    def mean(self) -> float:
+        """Of a layer and micro-batch, over a step since; with recompute=layer every chunk comes twice."""
+        schedule, rank = self.run.executor.schedule, self.run.mesh.pipeline_rank
+        actions = [action for step in schedule.ranks[rank] for action in parts(step) if action.kind == "F"]
+        layers = {
+            number: sum(isinstance(module, Experts) for module in stage.modules())
+            for number, stage in self.run.model.stages.items()
+        }
+        twice = 2 if self.run.config.parallel.recompute == "layer" else 1
+        return self.total / twice / sum(layers[action.stage] for action in actions)
+
+
 def measure(run_config: RunConfig) -> tuple[int, int, float]:
     """Bytes that stay after a step, most that the next one allocates beside them, and mean rows of its experts."""
     from torch.profiler import ProfilerActivity, profile
@@ -102,9 +128,7 @@ def measure(run_config: RunConfig) -> tuple[int, int, float]:
         run = build(run_config, process)
         train_step(run)
         stays = tensor_bytes() - before
-        rows: list[int] = []
-        for module in [m for stage in run.model.stages.values() for m in stage.modules() if isinstance(m, Experts)]:
-            module.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        rows = Rows(run)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             train_step(run)
         results: Any = recorded.profiler
@@ -113,7 +137,7 @@ def measure(run_config: RunConfig) -> tuple[int, int, float]:
         for event in sorted(events, key=lambda event: event.start_ns()):
             level += event.nbytes()
             peak = max(peak, level)
-        return stays, peak, sum(rows) / len(rows)
+        return stays, peak, rows.mean()
 
 
 @dataclass(frozen=True)
@@ -137,9 +161,7 @@ def levels(run_config: RunConfig) -> tuple[list[Level], float]:
     with process_group(run_config.train) as process:
         run = build(run_config, process)
         train_step(run)
-        rows: list[int] = []
-        for module in [m for stage in run.model.stages.values() for m in stage.modules() if isinstance(m, Experts)]:
-            module.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        rows = Rows(run)
         plain = ModelChunk.run
 
         def watched(chunk: Any, phase: Any) -> None:
@@ -167,7 +189,7 @@ def levels(run_config: RunConfig) -> tuple[list[Level], float]:
                 position += 1
             found.append(Level(name.removeprefix("phase "), most, level))
         level += sum(size for _, size in memory[position:])
-        return [*found, Level("after", level, level)], sum(rows) / len(rows)
+        return [*found, Level("after", level, level)], rows.mean()
 
 
 def predicted_levels(case: Case, rank: int, rows: float) -> list[Level]:

@@ -60,35 +60,31 @@ def test_gradients_are_those_of_the_plain_layer(stand: Any, rows: int, shares_in
     assert engine.module.save_original_input is (rows == 128 and shares_input)  # rows filled up are a copy
 
 
-@pytest.mark.parametrize("rows", [64, 50])
-def test_an_input_that_comes_again_is_not_kept_where_rows_are_whole(stand: Any, rows: int) -> None:
-    plain, ours = linears()
-    ours.fp8 = lean(ours, stand)
-    x = torch.randn(2, rows, 48, requires_grad=True)
+@pytest.mark.parametrize("counts", [None, (128, 0, 128), (70, 0, 130)])
+@pytest.mark.parametrize("rows", [256, 200])
+def test_an_input_that_comes_again_is_not_kept(stand: Any, rows: int, counts: tuple[int, ...] | None) -> None:
+    if counts and sum(counts) != rows:
+        return
+    plain, ours = linears() if counts is None else (GroupedLinear(3, 48, 32), GroupedLinear(3, 48, 32))
+    plain.weight.data.normal_()
+    ours.weight.data.copy_(plain.weight.data)
+    engine = ours.fp8 = lean(ours, stand)
+    x = torch.randn(rows, 48, requires_grad=True)
     doubled, kept, calls = x * 2.0, x.detach(), []
 
     def again() -> torch.Tensor:
         calls.append(1)
         return kept * 2.0
 
-    out = project(ours, doubled, again)
+    out = project(ours, doubled, again, counts)
     seen = weakref.ref(doubled.untyped_storage())
     del doubled
     gc.collect()
-    assert seen() is None and not calls
+    assert seen() is None and not calls and engine.module.save_original_input
     out.sum().backward()
-    plain(2.0 * kept).sum().backward()
-    assert len(calls) == (rows == 64)
+    project(plain, 2.0 * kept, None, counts).sum().backward()
+    assert len(calls) == 1
     torch.testing.assert_close(main_grad(ours.weight), main_grad(plain.weight))
-
-
-def test_experts_keep_their_own_columns(stand: Any) -> None:
-    down = GroupedLinear(2, 48, 32)
-    nn.init.normal_(down.weight)
-    engine = down.fp8 = lean(down, stand)
-    x = torch.randn(190, 48, requires_grad=True)
-    project(down, x, lambda: pytest.fail("not asked for"), (100, 90)).sum().backward()
-    assert engine.module.save_original_input is False and main_grad(down.weight).any()
 
 
 class Rounded(SimpleNamespace):
