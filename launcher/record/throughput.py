@@ -82,5 +82,6 @@ def _measured(process: Process, world: dist.ProcessGroup) -> Peak:
     dist.all_reduce(flops, group=world)
     kind = f"{'BF16' if gpu else 'FP32'} products of {size} x {size}"
     where = "1 rank" if process.world_size == 1 else f"{process.world_size} ranks at once"
-    threads = "" if gpu else f", {torch.get_num_threads()} threads a rank"
+    number = torch.get_num_threads()
+    threads = "" if gpu else f", {number} thread{'s' if number > 1 else ''} a rank"
     return Peak(flops.item(), f"measured: {kind} for {seconds:g} s on {where}{threads}")

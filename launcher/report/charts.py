@@ -149,14 +149,15 @@ def draw(chart: Chart) -> str:
         f'<line class="event" x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{TOP}" y2="{chart.height - BOTTOM}"/>'
         for at in chart.events if low_x <= at <= high_x
     ]  # fmt: skip
-    for value, text in chart.marks:
-        parts.append(
-            f'<line class="mark" x1="{LEFT}" x2="{chart.width - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="marked" x="{chart.width - RIGHT - 4}" y="{y(value) - 5:.1f}">{html.escape(text)}</text>'
-        )
+    parts += [
+        f'<line class="mark" x1="{LEFT}" x2="{chart.width - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+        for value, _ in chart.marks
+    ]
     parts += [_curve(series, x, y, chart) for series in chart.series]
+    parts += [  # over the curves, which may cross them
+        f'<text class="marked" x="{chart.width - RIGHT - 4}" y="{y(value) - 5:.1f}">{html.escape(text)}</text>'
+        for value, text in chart.marks
+    ]
     for at, value, text in chart.points:
         parts.append(
             f'<path class="diamond" d="M{x(at):.1f} {y(value) - 5:.1f}l5 5l-5 5l-5-5Z">'

@@ -101,7 +101,7 @@ _PAGE = """<!doctype html>
 <header><h1>@TITLE@</h1><p>@SUBTITLE@</p><p>@STATE@</p><dl>@FACTS@</dl></header>
 <nav><div>@LINKS@</div></nav>
 <main>@BODY@
-<footer>Written by expertpipe report. Dashed vertical lines: steps with a warning. Hover over a curve for its
-values.</footer>
+<footer>Written by expertpipe report. Horizontal axes count steps; dashed vertical lines are steps with a warning. Hover
+over a curve for its values.</footer>
 </main><script>@SCRIPT@</script></body></html>
 """

@@ -108,7 +108,8 @@ def _by_group(events: Sequence[StepEvent], kind: str) -> list[Series]:
     groups = [group for group in GROUPS if any(group in getattr(event, kind) for event in events)]
     return [
         Series(
-            group.replace("_", " "), thin(steps, [getattr(e, kind).get(group) for e in events], 240),
+            group.replace("_", " ").replace("mlp", "MLP").replace("mtp", "MTP"),
+            thin(steps, [getattr(e, kind).get(group) for e in events], 240),
             GROUPS.index(group),
         )
         for group in groups

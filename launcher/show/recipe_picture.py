@@ -1,5 +1,6 @@
 """The schedules of a run and of those that follow it over tokens: a column for each run, a row for each value."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ class Column:
     title: str
     width: float
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the phase and not its beginning drawn again."""
+        return self.end == self.phase.tokens
+
 
 def draw(found: list[Phase], path: Path) -> None:
     """Write the PNG."""
@@ -60,10 +66,24 @@ def draw(found: list[Phase], path: Path) -> None:
         points = sorted({*ticks, *(column.end * i // POINTS for i in range(POINTS)), *_before(ticks)})
         values = [values_at(column.phase.config, tokens) for tokens in points]
         for row, axes in zip(ROWS, grid[:, number], strict=True):
-            axes.plot(points, [row.value(v) for v in values], color=row.colour, linewidth=1.8)
+            curve = [row.value(v) for v in values]
+            most = max((row.value(v) for phase in found for v in phase.boundaries), key=lambda v: (v == v, v))
+            # a line at 0 is as wide as any other
+            axes.plot(points, curve, color=row.colour, linewidth=1.8, clip_on=False, zorder=3)
             _style(axes, row, ticks, lengths, first=number == 0)
+            if all(map(math.isnan, curve)):
+                said = "as the data was prepared"
+                axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=8, color=MUTED)
+                if math.isnan(most):  # no other phase has one either
+                    axes.set_yticks([])
+            elif not row.powers and min(curve) == max(curve) and column.is_whole:
+                axes.annotate(
+                    f"{curve[0]:,.4g}", (column.end / 2, curve[0]), (0, -12 if curve[0] > most / 2 else 4),
+                    textcoords="offset points", ha="center", fontsize=8, color=row.colour,
+                )  # fmt: skip
         grid[0, number].set_title(column.title, fontsize=9.5, color=INK, loc="left")
-        _label_tokens(grid[-1, number], column)
+        _label_tokens(grid[-1, number], column, ticks)
+    figure.align_ylabels(grid[:, 0])
     figure.text(0.09, 0.955, f"{found[0].name}: the recipe over tokens seen", fontsize=14, weight="bold", color=INK)
     save_figure(figure, path)
 
@@ -99,13 +119,19 @@ def _style(axes: "Axes", row: Row, ticks: list[int], lengths: list[int], *, firs
     else:
         axes.set_ylim(bottom=0)
         axes.margins(y=0.12)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
     if first:
         axes.set_ylabel(row.name, fontsize=9, color=row.colour)
 
 
-def _label_tokens(axes: "Axes", column: Column) -> None:
-    count = 5 if column.width > 3 else 3 if column.width > 2 else 2
-    axes.set_xticks([column.end * i / (count - 1) for i in range(count)])
+def _label_tokens(axes: "Axes", column: Column, ticks: list[int]) -> None:
+    """The boundaries by name, but those too near to one that has a name: both ends first, then from the left."""
+    apart = column.end * 0.36 / column.width
+    named = [0, column.end]
+    for tokens in ticks:
+        if all(abs(tokens - other) >= apart for other in named):
+            named.append(tokens)
+    axes.set_xticks(sorted(named))
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     axes.set_xlabel("tokens", fontsize=9, color=MUTED)
 

@@ -63,7 +63,7 @@ def test_a_measured_peak_is_the_sum_of_the_ranks() -> None:
     found = run_distributed(2, measured)
     assert found[0][:2] == found[1][:2]
     total, source = found[0][:2]
-    assert source == "measured: FP32 products of 384 x 384 for 0.05 s on 2 ranks at once, 1 threads a rank"
+    assert source == "measured: FP32 products of 384 x 384 for 0.05 s on 2 ranks at once, 1 thread a rank"
     # by the processes' own CPU time no rank can be slower than it was by the clock, but for noise
     assert 0 < total < 2 * sum(rate for *_, rate in found)
     assert all(spent < 2 for _, _, spent, _ in found)
