@@ -4,9 +4,9 @@
 
 One MoE layer, forward and backward, same weights, tokens and gradient each time. Bytes are those of all storages that
 autograd keeps in between, each once, over the tokens. The error is what the saver changes in the layer's gradients,
-its input's or the one weight's that it changes most, relative in norm to the same layer in FP8 without the saver; 0 is
-bit by bit. "Before" is the layer with the savers above it on. Moments: bytes of a weight, and what 20 steps of AdamW
-change in weights, against FP32 moments.
+its input's or the one weight's that it changes most, relative in norm to the same layer without the saver; 0 is bit by
+bit. "Before" is the layer with the savers above it on (attention's output: BF16 before, the error against 128x1 tiles).
+Moments: bytes of a weight, and what 20 steps of AdamW change in weights, against FP32 moments.
 """
 
 import sys
@@ -30,6 +30,7 @@ from optim.config import OptimConfig
 
 SEQUENCES, LENGTH = 4, 256
 BF16: FP8Config | None = None
+SWIGLU = "fp8.recompute_swiglu=true"
 WIDE = FP8Config(input_cache="wide", attention_cache="wide", recompute_swiglu=False)
 
 
@@ -136,11 +137,21 @@ def savers(model: ModelConfig) -> Iterator[Saver]:
     hidden = replace(cached, recompute_swiglu=True)
     narrow = replace(hidden, attention_cache="e5m6")
     wide, rounded, again, twelve = (measure(model, fp8) for fp8 in (WIDE, cached, hidden, narrow))
-    one, two = (measure(model, fp8, wide_after_attention).bytes for fp8 in (cached, hidden))
-    bits, plain = "fp8.attention_cache=e5m6", measure(model, BF16).bytes
-    yield Saver("inputs of linears in FP8", "fp8.input_cache=fp8", plain, one, error(rounded, wide))
-    yield Saver("SwiGLU's input in FP8, output again", "fp8.recompute_swiglu=true", one, two, error(again, rounded))
-    yield Saver("attention's output in E5M6", bits, two, twelve.bytes, error(twelve, again))
+    plain, in_bf16 = measure(model, BF16), measure(model, hidden, wide_after_attention).bytes
+    for name, switch, before, after, of, to in (
+        ("linears in FP8, inputs kept 128x1", "train.precision=fp8", plain.bytes, wide.bytes, wide, plain),
+        ("inputs kept 1x128, requantised", "fp8.input_cache=fp8", wide.bytes, rounded.bytes, rounded, wide),
+        (
+            "SwiGLU's input in FP8, output again",
+            "fp8.recompute_swiglu=true",
+            rounded.bytes,
+            again.bytes,
+            again,
+            rounded,
+        ),
+        ("attention's output in E5M6, not BF16", "fp8.attention_cache=e5m6", in_bf16, twelve.bytes, twelve, again),
+    ):
+        yield Saver(name, switch, before, after, error(of, to))
     full, half = moments("fp32"), moments("bf16")
     yield Saver("AdamW's moments in BF16", "optim.moments=bf16", 8, 4, float((half - full).norm() / full.norm()))
 
