@@ -176,9 +176,9 @@ class _Grouped(torch.autograd.Function):
         (grad,), (weight, values, scales) = grads, ctx.saved_tensors
         layer, counts, grad_x = ctx.layer, ctx.counts, None
         if ctx.needs_input_grad[0]:
-            turned = (part.mT.contiguous() for part in layer.rounded_weight(weight))
+            turned, turned_scales = (part.mT.contiguous() for part in layer.rounded_weight(weight))
             rounded, filled = layer.gradient_rows.quantise(grad), Filled.of(counts, grad.device)
-            grad_x = layer.product(rounded, filled, *turned).to(grad.dtype)
+            grad_x = layer.product(rounded, filled, turned, turned_scales).to(grad.dtype)
         if ctx.needs_input_grad[1]:
             kept = QuantisedTensor(values, scales, *ctx.like, tuple(values.shape))
             ctx.sink.put(weight, lambda acc: layer.add_wgrad(acc, grad, kept, counts))
