@@ -4,10 +4,14 @@ Eight processes hold one GiB of FP32 in 16 tensors, each an eighth of every tens
 all alike: raw (one file each, written, flushed), ours (checksums, manifest, rename; then asynchronous), torch DCP (as
 DTensor shards; then asynchronous). Loading reads what was saved into 8 processes again, and into 4. Rows are medians.
 
-The stall is what the loop waits for an asynchronous save, at the slowest process. Ours is copied beside the next step,
-so it is measured around a step of half a second in which the host waits for its device, and, at its worst, with no step
-at all between the save and the next update (`stall_without_step_seconds`: the copy as such). DCP copies before it
-returns; a step changes nothing.
+The stall is what the loop waits for an asynchronous save, at the slowest process, of which there are two figures:
+
+`stall_seconds`               ours is copied beside the next step, so this is around a step of half a second in which
+                              the host waits for its device. DCP copies before it returns; a step changes nothing
+`stall_without_step_seconds`  ours with no step at all between the save and the next update: the copy as such, as fast
+                              as memory is. No run meets this case
+
+`..._of_save` is each as a share of the waiting save of the same turn.
 """
 
 import json
@@ -227,6 +231,11 @@ def rows_of(figures: dict[str, dict[str, list[float]]], total_bytes: int) -> lis
         def median(figure: str, found: dict[str, list[float]] = found) -> float | None:
             return statistics.median(found[figure]) if figure in found else None
 
+        def of_save(figure: str, found: dict[str, list[float]] = found) -> float | None:
+            if figure not in found:
+                return None
+            return statistics.median(part / whole for part, whole in zip(found[figure], found["save"], strict=True))
+
         ratios = [seconds / base for seconds, base in zip(found["save"], raw, strict=True)]
         rows.append(
             {
@@ -238,7 +247,9 @@ def rows_of(figures: dict[str, dict[str, list[float]]], total_bytes: int) -> lis
                 "ratio_lowest": min(ratios),
                 "ratio_highest": max(ratios),
                 "stall_seconds": median("stall"),
+                "stall_of_save": of_save("stall"),
                 "stall_without_step_seconds": median("stall_without_step"),
+                "stall_without_step_of_save": of_save("stall_without_step"),
                 "load_seconds": median("load"),
                 "reshard_seconds": median("reshard"),
                 "turns": len(raw),
@@ -270,7 +281,15 @@ def bench_checkpoint(argv: list[str]) -> int:
         for row in rows:
             print(json.dumps(row))
         return 0
-    keys = ("engine", "save_seconds", "ratio_to_raw", "stall_seconds", "load_seconds", "reshard_seconds")
+    keys = (
+        "engine",
+        "save_seconds",
+        "ratio_to_raw",
+        "stall_seconds",
+        "stall_of_save",
+        "load_seconds",
+        "reshard_seconds",
+    )
     print("  ".join(f"{key:>15}" for key in keys))
     for row in rows:
         cells = [f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key] or "-") for key in keys]

@@ -5,7 +5,8 @@ step waits for it (`wait`) just before the update: not at all where the copy is 
 outside of the step: memory is allocated and every page of it touched when a run starts (with the first touch a copy of
 128 MiB took 62 ms of CPU instead of 23), page-locked where the state is on a GPU, whose copies go through a stream of
 their own; whole flat tensors are copied, not the thousands of pieces that a shard names; what writes the copy runs at
-low priority, so that it takes no core from a step.
+low priority, so that it takes no core from a step. The copy itself goes as fast as memory does: 20 ms of CPU for
+128 MiB with torch's copy, memcpy and numpy alike, and no less with huge pages.
 """
 
 import contextlib

@@ -23,6 +23,8 @@ def test_rows_are_medians_and_ratios_turn_by_turn() -> None:
     raw, ours, dcp = rows_of(figures, 2**30)
     assert raw["ratio_to_raw"] == 1 and raw["stall_seconds"] is None and raw["bytes"] == 2**30
     assert ours["stall_without_step_seconds"] == 0.4
+    assert ours["stall_without_step_of_save"] == pytest.approx(0.4 / 2.4)  # of its own turn's save
+    assert ours["stall_of_save"] == pytest.approx(0.1 / 1.1) and raw["stall_of_save"] is None
     assert ours["ratio_to_raw"] == pytest.approx(1.1) and ours["ratio_highest"] == pytest.approx(1.2)
     assert (ours["save_seconds"], ours["stall_seconds"], ours["reshard_seconds"]) == (2.4, 0.2, 2)
     assert dcp["ratio_to_raw"] == 1.0 and dcp["ratio_lowest"] == 0.5
