@@ -180,7 +180,8 @@ class _Grouped(torch.autograd.Function):
             rounded, filled = layer.gradient_rows.quantise(grad), Filled.of(counts, grad.device)
             grad_x = layer.product(rounded, filled, turned, turned_scales).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            kept = QuantisedTensor(values, scales, *ctx.like, tuple(values.shape))
+            tile, rows = ctx.like
+            kept = QuantisedTensor(values, scales, tile, rows, tuple(values.shape))
             ctx.sink.put(weight, lambda acc: layer.add_wgrad(acc, grad, kept, counts))
         return grad_x, None, None, None, None
 
