@@ -103,10 +103,15 @@ class Ledger:
 
 @dataclass
 class Passing:
-    """A chunk on its way through an action: the parts its tokens take, links whose weight gradients are computed."""
+    """A chunk on its way through an action: the parts its tokens take, and bytes put off by link."""
 
     halves: int = 1
-    done: set[int] = field(default_factory=set)
+    waiting: dict[int, float] = field(default_factory=dict)
+
+    def put_off(self, link: int, size: float) -> float:
+        """So much more waits for the weight gradients of a link; gives the size."""
+        self.waiting[link] = self.waiting.get(link, 0.0) + size
+        return size
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class Stage:
         return program
 
     def play(self, phase: Phase, ledger: Ledger, chunk: Passing) -> None:
-        """One phase of a chunk."""
+        """One phase of a chunk; a W's own chunk has put off everything before."""
         getattr(self, f"_{phase.kind}")(phase.link, ledger, chunk)
 
     # what comes before a layer
@@ -234,13 +239,13 @@ class Stage:
         kept = self.moe["attend"].kept + self._front_kept(front)
         x = s.hidden if self._x_apart else 0.0
         working = self._projected() + self._scratch(backward=False)
+        passing = max(working + self._assembled(), self._logits(front)) - s.hidden
         if self.less:  # the heads last until attention is done; x until the shared experts have read it
             ledger.move(kept=kept + self._index, travelling=s.hidden)
-            ledger.move(computing=max(working + self._assembled(), self._logits(front)) - s.hidden)
-        elif self.again:  # the residual and the normed state stay until the layer is merged
-            hidden = s.hidden if link or not self.first else 0.0
-            inner = kept - hidden
-            ledger.move(kept=hidden + s.hidden + self._index, travelling=s.hidden, computing=inner + working)
+            ledger.move(computing=passing)
+        elif self.again:  # besides, the residual until the layer is merged
+            ledger.move(kept=self._enters(link) + self._index, travelling=2 * s.hidden)
+            ledger.move(computing=passing - s.hidden)
         else:
             ledger.move(kept=kept + x + self._index, computing=max(working, self._logits(front)))
 
@@ -256,14 +261,23 @@ class Stage:
     def _dispatch(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
         ledger.move(travelling=self.s.under_way.dispatch / chunk.halves)
 
+    def _enters(self, link: int) -> float:
+        """The hidden state that a link takes in, which stays as its graph's leaf."""
+        return self.s.hidden if link or not self.first else 0.0
+
     def _shared(self, _link: int, ledger: Ledger, _chunk: Passing) -> None:
-        if self.less:
-            ledger.move(travelling=-self.s.hidden)
-        if not self.s.model.n_shared_experts:
-            return
-        kept = self.moe["shared"].kept - (self.s.hidden if self._x_apart else 0.0)
-        left = 0.0 if self.s.recompute == "layer" else kept
-        ledger.move(kept=left, travelling=self.s.hidden, computing=kept - left)
+        s, kept, passing = self.s, self._shared_kept, 0.0
+        if s.recompute == "layer" and s.model.n_shared_experts:  # x alone stays
+            kept, passing = s.hidden, kept
+        if s.model.n_shared_experts:
+            ledger.move(kept=kept, travelling=s.hidden, computing=passing)
+        if self.less or self.again:
+            ledger.move(travelling=-s.hidden)
+
+    @property
+    def _shared_kept(self) -> float:
+        """By the shared experts' graph alone: without recomputation x stays for the router too, and is in attend."""
+        return self.moe["shared"].kept - (self.s.hidden if self._x_apart and not self.again else 0.0)
 
     @property
     def _leaf_rows(self) -> float:
@@ -302,31 +316,30 @@ class Stage:
             self._merge(ledger)
         ledger.move(kept=self._front_kept(front), computing=max(self._logits(front), self.s.hidden))
 
-    def _put_off(self, ledger: Ledger, kept: float, put_off: float, computing: float = 0.0) -> None:
-        ledger.move(computing=computing)
-        ledger.move(kept=-kept, put_off=put_off)
-
-    def _end_grad(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
+    def _end_grad(self, link: int, ledger: Ledger, chunk: Passing) -> None:
         front = self.fronts[link]
         ledger.move(travelling=self.s.hidden)  # the gradient that comes, or that the loss makes
-        self._put_off(ledger, self._front_kept(front), self._front_put_off(front), 2 * self.s.hidden)
+        ledger.move(computing=2 * self.s.hidden)
+        ledger.move(kept=-self._front_kept(front), put_off=chunk.put_off(link, self._front_put_off(front)))
 
     def _combine_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
         ledger.move(travelling=(self.s.under_way.gradient if self.s.spread else self.s.row_bytes) / chunk.halves)
 
-    def _shared_grad(self, _link: int, ledger: Ledger, _chunk: Passing) -> None:
+    def _shared_grad(self, link: int, ledger: Ledger, chunk: Passing) -> None:
         s = self.s
         if not s.model.n_shared_experts:
             return
-        shared = self.moe["shared"]
-        kept = shared.kept - (s.hidden if self._x_apart else 0.0)
-        if s.recompute == "layer":
-            ledger.move(kept=kept)
-        put_off = shared.put_off - (s.hidden if self._x_apart else 0.0)
-        self._put_off(ledger, kept, put_off)
+        kept, put_off = self._shared_kept, self.moe["shared"].put_off
+        if s.recompute == "layer":  # of which x is there; in FP8 it is not what is put off
+            there = s.hidden if s.precision.precision == "fp8" else 0.0
+            ledger.move(kept=kept + there - s.hidden)
+            kept += there
+        elif self._x_apart and not self.again:
+            put_off -= s.hidden
+        ledger.move(kept=-kept, put_off=chunk.put_off(link, put_off))
         ledger.move(travelling=s.hidden)
 
-    def _experts_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
+    def _experts_grad(self, link: int, ledger: Ledger, chunk: Passing) -> None:
         s, rows, experts = self.s, self.s.row_bytes / chunk.halves, self.moe["experts"]
         if s.spread:
             ledger.move(computing=rows)
@@ -338,7 +351,8 @@ class Stage:
         if s.recompute == "layer":
             ledger.move(kept=inner)
         width = s.rows * s.model.moe_intermediate_size * s.element / chunk.halves
-        self._put_off(ledger, inner + listed, experts.put_off / chunk.halves, width)
+        ledger.move(computing=width)
+        ledger.move(kept=-inner - listed, put_off=chunk.put_off(link, experts.put_off / chunk.halves))
         ledger.move(travelling=rows)
 
     def _dispatch_grad(self, _link: int, ledger: Ledger, chunk: Passing) -> None:
@@ -346,30 +360,29 @@ class Stage:
         leaf = 0.0 if self._listed_rows else self._leaf_rows / chunk.halves
         ledger.move(travelling=-self.s.row_bytes / chunk.halves, kept=-leaf)
 
-    def _attend_grad(self, link: int, ledger: Ledger, _chunk: Passing) -> None:
+    def _attend_grad(self, link: int, ledger: Ledger, chunk: Passing) -> None:
         s, front, attend = self.s, self.fronts[link], self.moe["attend"]
-        kept = attend.kept + self._front_kept(front)
-        x = s.hidden if self._x_apart else 0.0
+        kept, x = attend.kept + self._front_kept(front), s.hidden if self._x_apart else 0.0
         if self.again:
-            hidden = s.hidden if link or not self.first else 0.0
-            ledger.move(kept=kept + x - hidden - s.hidden)
+            ledger.move(kept=kept + x - self._enters(link), computing=self._projected() + self._scratch(backward=False))
         if self.less:
             ledger.move(computing=self._projected() + self._assembled())
-        working = self._assembled() + self._scratch(backward=True)
-        ledger.move(computing=working + s.hidden)
+        heads = self._assembled() if self.less else 0.0  # computed again; otherwise on the list
+        ledger.move(computing=heads + self._assembled() + self._scratch(backward=True) + s.hidden)
         ledger.move(travelling=s.hidden - s.under_way.combine)
         summed = s.hidden + (s.hidden if s.model.n_shared_experts else 0.0)
         put_off = attend.put_off + self._front_put_off(front) + x
-        self._put_off(ledger, kept + x, put_off, 0.0)
+        ledger.move(kept=-kept - x, put_off=chunk.put_off(link, put_off))
         ledger.move(computing=self._assembled())
         ledger.move(travelling=-summed, kept=-self._index)
 
+    def all_put_off(self) -> dict[int, float]:
+        """Bytes that wait after a chunk's I, by link."""
+        x = self.s.hidden if self._x_apart and not self.again else 0.0  # on two lists, once in memory
+        layer = sum(part.put_off for part in self.moe.values()) + (self.s.hidden if self._x_apart else 0.0) - x
+        found = {link: layer + self._front_put_off(front) for link, front in enumerate(self.fronts[:-1])}
+        return {**found, len(found): self._front_put_off(self.fronts[-1])}
+
     def _weights(self, link: int, ledger: Ledger, chunk: Passing) -> None:
-        for number in range(len(self.fronts)):
-            if number < link or number in chunk.done:
-                continue
-            chunk.done.add(number)
-            size = self._front_put_off(self.fronts[number])
-            if number < len(self.fronts) - 1:
-                size += sum(part.put_off for part in self.moe.values())
-            ledger.move(put_off=-size)
+        for number in [number for number in chunk.waiting if number >= link]:
+            ledger.move(put_off=-chunk.waiting.pop(number))

@@ -246,6 +246,7 @@ class Walk:
         return best
 
     def works(self, rank: int) -> Iterator[tuple[Action, ...]]:
+        """Actions that the rank runs as one, as `parallel.pipeline.overlap` joins them."""
         steps = self.schedule.ranks[rank]
         position = 0
         while position < len(steps):

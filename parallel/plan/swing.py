@@ -15,6 +15,10 @@ class Acting:
     stage: Stage
     halves: int = 1
 
+    def passing(self) -> Passing:
+        """Its chunk as it comes to the action."""
+        return Passing(self.halves, self.stage.all_put_off() if self.kind == "W" else {})
+
 
 def swing_of(actions: tuple[Acting, ...]) -> Swing:
     """Of actions that run as one. Of a pair the phases take turns, the backward first.
@@ -22,7 +26,7 @@ def swing_of(actions: tuple[Acting, ...]) -> Swing:
     What is left in `put_off` of a B is nothing; a backward's own gradient leaves with its message.
     """
     ledger = Ledger()
-    chunks = [Passing(action.halves) for action in actions]
+    chunks = [action.passing() for action in actions]
     for which, phase in order_of(actions):
         actions[which].stage.play(phase, ledger, chunks[which])
     for action in actions:

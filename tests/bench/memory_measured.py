@@ -18,7 +18,7 @@ from model.experts import Experts
 from parallel.pipeline.actions import parts
 from parallel.plan.job import Job
 from parallel.plan.layers import LayerShape
-from parallel.plan.live import KINDS, Ledger, Passing
+from parallel.plan.live import KINDS, Ledger
 from parallel.plan.memory import Walk, memory_of, setting_of
 from parallel.plan.swing import order_of
 from tests.distributed import run_distributed
@@ -202,7 +202,7 @@ def predicted_levels(case: Case, rank: int, rows: float) -> list[Level]:
     found, held = [], dict.fromkeys(KINDS, 0.0)
     for actions in walk.works(rank):
         acting = walk.acting(actions)
-        chunks = [Passing(one.halves) for one in acting]
+        chunks = [one.passing() for one in acting]
         for which, phase in order_of(acting):
             ledger = Ledger(dict(held), dict.fromkeys(KINDS, 0.0))
             acting[which].stage.play(phase, ledger, chunks[which])

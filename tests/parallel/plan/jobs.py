@@ -5,6 +5,7 @@ from pathlib import Path
 
 import configs
 from model.config import ModelConfig
+from model.fp8.config import FP8Config
 from parallel.config import ParallelConfig
 from parallel.plan.hardware import Hardware, read
 from parallel.plan.job import Job
@@ -22,13 +23,15 @@ LAYOUT = ParallelConfig(
     dispatch_grad_wire="fp8", recompute="report",
 )  # fmt: skip
 
+ENGINE = FP8Config("transformer_engine", input_cache="wide", attention_cache="wide", recompute_swiglu=False)
+
 
 def h800() -> Hardware:
     return read(CLUSTERS / "h800.yaml")
 
 
 def v3(**changes: object) -> Job:
-    job = Job(V3, LAYOUT, h800(), 4096, 1, 15360, "fp8", 14.8e12, bare=True)
+    job = Job(V3, LAYOUT, h800(), 4096, 1, 15360, "fp8", 14.8e12, bare=True, fp8=ENGINE)
     return replace(job, **changes)  # type: ignore[arg-type]
 
 

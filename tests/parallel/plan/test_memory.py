@@ -48,11 +48,11 @@ def test_embedding_is_on_both_ends_with_mtp():
 def test_kinds_of_the_published_run():
     job = v3()
     schedule, stages = parts(job)
-    ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
+    ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8", fp8=job.fp8)
     middle, held = ranks[5], holdings(V3, job.parallel, schedule, stages)[5]
     number = sum(h.parameters for h in held)
     rounded = sum(h.rounded for h in held)
-    assert middle.weights == pytest.approx(2 * number + rounded, rel=1e-6) and 0.97 < rounded / number < 1
+    assert middle.weights == pytest.approx(2 * number + 2 * rounded, rel=1e-6) and 0.97 < rounded / number < 1
     assert middle.gradients == pytest.approx(4 * number + 4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.masters == pytest.approx(4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.moments == pytest.approx(middle.masters)
@@ -60,14 +60,14 @@ def test_kinds_of_the_published_run():
 
 
 def test_activations_follow_the_schedule():
-    """GPipe holds all micro-batches, 1F1B as many as ranks ahead."""
+    """GPipe holds all micro-batches, 1F1B as many as ranks ahead; at its peak a layer's weight gradients wait too."""
     found = {}
     for name in ("gpipe", "1f1b"):
         job = small().with_parallel(schedule=name)
         schedule, stages = parts(job)
         ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8")
         found[name] = ranks[0].activations
-    assert found["gpipe"] / found["1f1b"] == pytest.approx(small().num_microbatches / 2, rel=0.01)
+    assert found["gpipe"] / found["1f1b"] == pytest.approx(small().num_microbatches / 2, rel=0.04)
 
 
 def swings(setting, layers):
