@@ -10,16 +10,16 @@ from pathlib import Path
 from launcher.check.run import checked
 from launcher.config import ConfigError, RunConfig
 from launcher.plan.inputs import hardware_of, job_of
+from launcher.plan.inputs import problems as cluster_problems
 from launcher.plan.text import text
 from launcher.submit.partitions import Demand, Partition, SlurmError, chosen, partitions, problems
 from launcher.submit.script import folder, job_script
-from parallel.plan.advice import changes
 from parallel.plan.hardware import Hardware, HardwareError
 from parallel.plan.recipe import hours
-from parallel.plan.step import Plan, plan
+from parallel.plan.step import plan
 
 SBATCH_SECONDS = 60
-DOES_NOT_FIT = "DOES NOT FIT"  # the planner's words
+ACCEPT = "; --accept-memory submits it all the same"
 
 
 class SubmitError(ValueError):
@@ -56,15 +56,15 @@ class Order:
 def submit_command(argv: list[str]) -> int:
     """Runs the command; 0 when the job is queued, or with --dry-run when it could be.
 
-    ConfigError with everything wrong in the run, its cluster and its partition; SubmitError when it does not fit the
-    GPUs' memory or sbatch refuses it.
+    ConfigError with everything wrong in the run, on its cluster (memory included) and in its partition; SubmitError
+    when sbatch refuses it.
     """
     args = _parser().parse_intermixed_args(argv)
     order = ordered(args)
     found = plan(job_of(_words_of_plan(order.overrides, args.cluster)))
-    words = text(found, hours(found, price_per_hour=None), [])
-    print(words)
-    _require_memory(found, words, accept=args.accept_memory)
+    print(text(found, hours(found, price_per_hour=None), []))
+    if not found.fits:
+        print("submitted all the same (--accept-memory)", file=sys.stderr)
     script = script_of(order, args)
     if args.dry_run:
         print(f"\n{script}\nnot submitted (--dry-run)")
@@ -114,6 +114,8 @@ def ordered(args: Namespace) -> Order:
     except HardwareError as error:
         errors.append(str(error).replace("--cluster ", "cluster=", 1).replace("--cluster:", "cluster:", 1))
     order = None if config is None or hardware is None else Order(config, hardware, tuple(overrides), None)
+    if order is not None:
+        errors += _cluster_problems(order, accept=args.accept_memory)
     demand = None if order is None else Demand(order.num_nodes, order.gpus_per_node, args.time)
     there: list[Partition] = []
     try:
@@ -129,23 +131,18 @@ def ordered(args: Namespace) -> Order:
     return Order(config, hardware, tuple(overrides), chosen(args.partition, there))
 
 
+def _cluster_problems(order: Order, *, accept: bool) -> list[str]:
+    """Why the run cannot be on its GPUs, in the words of `plan` and `doctor`; accept: though it does not fit them."""
+    found = cluster_problems(order.config, order.hardware, memory=False)
+    if found or accept:
+        return found
+    return [line + ACCEPT for line in cluster_problems(order.config, order.hardware)]
+
+
 def _words_of_plan(overrides: tuple[str, ...], cluster: str) -> Namespace:
     return Namespace(
         overrides=list(overrides), cluster=cluster, precision=None, as_published=False, trace=None, calibration=None
     )
-
-
-def _require_memory(found: Plan, words: str, *, accept: bool) -> None:
-    """SubmitError, in the planner's words and with a change that would fit, unless the run fits or `accept`."""
-    if found.fits:
-        return
-    line = next(line for line in words.splitlines() if DOES_NOT_FIT in line)
-    if accept:
-        print(f"submitted all the same (--accept-memory): {line}", file=sys.stderr)
-        return
-    fitting = [change.what for change in changes(found) if change.fits]
-    advice = f"it fits with {fitting[0]}" if fitting else "expertpipe plan ... --search lists layouts that fit"
-    raise SubmitError(f"{line}; not submitted: {advice}")
 
 
 def script_of(order: Order, args: Namespace) -> str:

@@ -15,6 +15,15 @@ def plan_command(argv: list[str]) -> int:
     """Runs the command; the exit code."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)
+    for word, given, needed, there in (
+        ("--measured", args.measured, "--validate", args.validate), ("--gpus", args.gpus, "--search", args.search),
+    ):  # fmt: skip
+        if given and not there:
+            parser.error(f"{word} goes with {needed}")
+    if args.measured:
+        from launcher.plan.measured import measured_command
+
+        return measured_command(as_json=args.json)
     if args.validate:
         from launcher.plan.validate import validate_command
 
@@ -25,7 +34,7 @@ def plan_command(argv: list[str]) -> int:
     if args.search:
         from launcher.plan.search import search_command
 
-        return search_command(job, as_json=args.json)
+        return search_command(job, gpus=args.gpus, precision=args.precision, as_json=args.json)
     if args.simulate_cluster:
         from launcher.plan.cluster import cluster_command
 
@@ -60,7 +69,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--html", type=Path, metavar="FILE", help="the step as a page")
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="the step as a trace for ui.perfetto.dev")
     parser.add_argument("--validate", action="store_true", help="predictions against published figures")
+    parser.add_argument("--measured", action="store_true", help="with --validate: against steps measured on this CPU")
     parser.add_argument("--search", action="store_true", help="legal layouts, the fastest that fits first")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --search: on so many instead of the run's own")
     parser.add_argument("--simulate-cluster", action="store_true", help="all ranks of the run in this process")
     return parser
 

@@ -5,9 +5,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.check.run import RULES
-from launcher.config import ConfigError, RunConfig, draft
-from launcher.schedule_choice import resolved
+from launcher.check.run import checked
+from launcher.config import ConfigError, RunConfig
 from launcher.step_plan import StepPlan
 from parallel.plan import calibration
 from parallel.plan.feasible import memory_problems
@@ -39,17 +38,8 @@ def hardware_of(name: str) -> Hardware:
 
 
 def config_of(overrides: list[str]) -> RunConfig:
-    """The run, checked as for training but for this machine's device and data."""
-    result = draft(overrides)
-    errors = list(result.errors)
-    if result.config is not None:
-        stale = tuple(f"{key}=" for key in result.bad_keys)
-        rules = [rule for rule in RULES if rule.__name__ != "check_device"]
-        found = [message for rule in rules for message in rule(result.config)]
-        errors += [message for message in found if not any(key in message for key in stale)]
-    if errors or result.config is None:
-        raise ConfigError(list(dict.fromkeys(errors)))
-    return resolved(result.config)
+    """The run, checked as for training but for this machine and the data, which a plan does not need."""
+    return checked(overrides, with_data=False, here=False)
 
 
 def job_of(args: Namespace) -> Job:
@@ -65,13 +55,13 @@ def job_of(args: Namespace) -> Job:
     return replace(job, calibration=calibration_of(args, job))
 
 
-def problems(config: RunConfig, cluster: Hardware) -> list[str]:
-    """Every reason why a checked run cannot be on a cluster, its memory included, each with what would work.
+def problems(config: RunConfig, cluster: Hardware, *, memory: bool = True) -> list[str]:
+    """Every reason why a checked run cannot be on a cluster, each with what would work; empty when there is none.
 
-    For `doctor` and `submit`; empty when there is none.
+    For `doctor` and `submit`. memory: whether all that a rank holds has to fit; judged where nothing else is wrong.
     """
     job = of_config(config, cluster)
-    return impossible(job) or memory_problems(job)
+    return impossible(job) or (memory_problems(job) if memory else [])
 
 
 def of_config(config: RunConfig, hardware: Hardware) -> Job:

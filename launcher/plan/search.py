@@ -3,15 +3,23 @@
 import json
 
 from launcher.plan.text import wrapped
+from parallel.plan.hardware import check_cluster
 from parallel.plan.job import Job
-from parallel.plan.search import Candidate, Found, search
+from parallel.plan.search import PRECISIONS, Candidate, Found, on_gpus, search
 
 SHOWN = 8
 
 
-def search_command(job: Job, *, as_json: bool) -> int:
-    """Prints what was found; 1 if nothing fits."""
-    found = search(job)
+def search_command(job: Job, *, gpus: int | None, precision: str | None, as_json: bool) -> int:
+    """Prints what was found; 1 if nothing fits.
+
+    gpus: instead of the run's own number; HardwareError if they are not whole nodes. precision: None to look at FP8 and
+    BF16.
+    """
+    if gpus is not None:
+        check_cluster(job.hardware, gpus)
+        job = on_gpus(job, gpus)
+    found = search(job, precisions=(precision,) if precision else PRECISIONS)
     if as_json:
         print(json.dumps(as_tree(found)))
     else:
@@ -36,7 +44,8 @@ def _row(candidate: Candidate) -> dict[str, object]:
     p = candidate.job.parallel
     return {
         "pipeline": p.pipeline, "data": p.data, "expert": p.expert, "schedule": p.schedule, "recompute": p.recompute,
-        "micro_batch_size": candidate.job.micro_batch_size, "memory_bytes": candidate.memory_bytes,
+        "precision": candidate.job.precision, "micro_batch_size": candidate.job.micro_batch_size,
+        "memory_bytes": candidate.memory_bytes,
         "step_seconds": candidate.step_seconds, "weighed_seconds": candidate.weighed,
         "tokens_per_second_per_gpu": candidate.tokens_per_second_per_gpu, "overrides": candidate.words(),
     }  # fmt: skip
@@ -46,13 +55,14 @@ def text(found: Found) -> list[str]:
     """At most 80 columns."""
     lines = [f"{found.looked_at} layouts, {len(found.candidates)} fit"]
     if found.candidates:
-        lines.append("  PP  data    EP schedule  micro recompute   GiB   step s  tokens/s/GPU")
+        lines.append("  PP  data    EP schedule  micro recompute      GiB   step s tokens/s/GPU")
     for c in found.candidates[:SHOWN]:
         p = c.job.parallel
         seconds = "weighed" if c.step_seconds is None else f"{c.step_seconds:.2f}"
         lines.append(
-            f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule:<9}{c.job.micro_batch_size:6} {p.recompute:<9}"
-            f"{c.memory_bytes / 2**30:6.1f}{seconds:>9}{c.tokens_per_second_per_gpu:14,.0f}"
+            f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule:<9}{c.job.micro_batch_size:6} "
+            f"{p.recompute:<8}{c.job.precision:<5}{c.memory_bytes / 2**30:6.1f}{seconds:>9}"
+            f"{c.tokens_per_second_per_gpu:13,.0f}"
         )
     if found.candidates:
         lines += ["", *wrapped(found.candidates[0].words())]

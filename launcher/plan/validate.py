@@ -23,11 +23,11 @@ def validate_command(*, as_json: bool, trace: Path | None) -> int:
         for row in found:
             print(json.dumps(row.tree()))
         return 0
-    print(f"{'check':<34}{'published':>11}{'predicted':>11}{'error':>8}{'bar':>6}  holds")
+    print(f"{'check':<34}{'published':>10}{'predicted':>10}{'error':>8}{'bar':>6}  holds")
     for row in found:
         print(
-            f"{row.check:<34}{number(row.published):>11}{number(row.predicted):>11}{row.relative_error:>+8.1%}"
-            f"{row.bar:>6.0%}  {'yes' if row.holds else 'NO'}"
+            f"{row.check:<34}{number(row.published):>10}{number(row.predicted):>10}{row.relative_error:>+8.1%}"
+            f"{row.bar:>6.0%}  {row.verdict}"
         )
         if row.explained and _is_told(row):
             print("\n".join(textwrap.wrap(row.explained, 76, initial_indent="    ", subsequent_indent="    ")))
@@ -74,4 +74,4 @@ def number(value: float) -> str:
 def _is_told(row: Row) -> bool:
     """Whether the table gives what the row's deviation is put down to."""
     large = not row.holds or abs(row.relative_error) > 0.5 * row.bar
-    return large or "factor" in row.explained or row.check.startswith("own")
+    return large or row.forecast or "factor" in row.explained

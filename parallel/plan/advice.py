@@ -9,6 +9,8 @@ from parallel.plan.cost import StageCosts
 from parallel.plan.job import Job
 from parallel.plan.step import Plan, estimate
 
+RECOMPUTE = ("none", "report", "attend", "layer")  # each takes longer than the one before it and holds less
+
 
 @dataclass(frozen=True)
 class Change:
@@ -80,9 +82,8 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
             yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
-    levels = ("none", "attend", "layer") if parallel.recompute != "report" else ("report",)
-    here = levels.index(parallel.recompute)
-    for level in levels[here + 1 :] if not fits else levels[:here]:  # less is faster, more is smaller
+    here = RECOMPUTE.index(parallel.recompute)
+    for level in RECOMPUTE[here + 1 :] if not fits else RECOMPUTE[:here]:  # less is faster, more is smaller
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
     for name in ("1f1b", "zbv", "dualpipev", "dualpipe") if parallel.expert > 1 else ("1f1b", "zbv"):
         if name != parallel.schedule and parallel.pipeline > 1:

@@ -33,8 +33,8 @@ def memory_problems(job: Job) -> list[str]:
     if ranks[rank] <= limit:
         return []
     found = (
-        f"pipeline rank {rank} would hold {ranks[rank] / 2**30:.1f} GiB, a {job.hardware.name} has "
-        f"{limit / 2**30:.1f} GiB (parallel.schedule={job.parallel.schedule}, parallel.recompute="
+        f"pipeline rank {rank} would hold {size(ranks[rank])}, {job.hardware.name} has {size(limit)} "
+        f"(parallel.schedule={job.parallel.schedule}, parallel.recompute="
         f"{job.parallel.recompute}): "
     )
     for what, other in candidates(job, fits=False):
@@ -43,7 +43,7 @@ def memory_problems(job: Job) -> list[str]:
         except (ScheduleError, SplitError):
             continue
         if most <= limit and other.hardware is job.hardware and other.global_batch_size == job.global_batch_size:
-            return [f"{found}use {what}, which holds {most / 2**30:.1f} GiB"]
+            return [f"{found}use {what}, which holds {size(most)}"]
     return [f"{found}no single change makes it fit; expertpipe plan --search looks at all layouts"]
 
 
@@ -97,13 +97,16 @@ def _one_layer(job: Job) -> None:
         return
     sizes = [n for n in range(1, job.parallel.data + 1) if job.parallel.data % n == 0]
     fits = [n for n in sizes if job.model.n_routed_experts % n == 0 and one_layer_bytes(job, n) <= memory]
-    advice = (
-        f"parallel.expert={min(fits)}" if fits else f"a GPU with {needed / 2**30:.1f} GiB, or shorter micro-batches"
-    )
+    advice = f"parallel.expert={min(fits)}" if fits else f"a GPU with {size(needed)}, or shorter micro-batches"
     raise HardwareError(
-        f"one layer takes {needed / 2**30:.1f} GiB with parallel.expert={job.parallel.expert}, a {job.hardware.name} "
-        f"has {memory / 2**30:.1f} GiB: use {advice}"
+        f"one layer takes {size(needed)} with parallel.expert={job.parallel.expert}, {job.hardware.name} has "
+        f"{size(memory)}: use {advice}"
     )
+
+
+def size(num_bytes: float) -> str:
+    """In GiB, or MiB where that says more."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 1e8 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def one_layer_bytes(job: Job, expert: int) -> float:

@@ -4,7 +4,10 @@ What is kept comes from `model.fp8.memory`; what is only there while a phase com
 `model.mla`, `model.mlp`, `model.loss`; rows under way in buffers of `parallel.expert`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
 
 from model.config import ModelConfig
 from model.fp8.memory import Kept, bytes_of, kept_by_attention_kernel, kept_by_layer, put_off_by_layer
@@ -122,8 +125,9 @@ class Part:
     put_off: float
 
 
-def parts_of(setting: Setting, *, moe: bool) -> dict[str, Part]:
-    """A layer's, by part; the hidden state that enters is in attend."""
+@lru_cache(maxsize=1024)
+def parts_of(setting: Setting, *, moe: bool) -> Mapping[str, Part]:
+    """A layer's, by part; the hidden state that enters is in attend. Kept: a search asks again and again."""
     s = setting
     sequences = max(1, s.tokens // s.length)
     kept = kept_by_layer(s.model, s.precision, moe=moe, recompute=s.recompute)
@@ -135,7 +139,7 @@ def parts_of(setting: Setting, *, moe: bool) -> dict[str, Part]:
     def total(items: list[Kept], part: str) -> float:
         return bytes_of([x for x in items if x.part == part], s.tokens, sequences) * (share if part == "experts" else 1)
 
-    return {p: Part(total(kept, p), total(put_off, p)) for p in PARTS}
+    return MappingProxyType({p: Part(total(kept, p), total(put_off, p)) for p in PARTS})
 
 
 @dataclass(frozen=True)

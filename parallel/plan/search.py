@@ -4,13 +4,13 @@ Every layout is first weighed by its slowest rank and the schedule's formula for
 are then simulated, and ranked by that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import ScheduleError, build
 from parallel.pipeline.split import SplitError
-from parallel.plan.advice import estimate
+from parallel.plan.advice import RECOMPUTE, estimate
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
 from parallel.plan.job import Job
@@ -19,7 +19,7 @@ from parallel.plan.step import end_of_step
 
 SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
 MICRO_BATCHES = (1, 2, 4)
-RECOMPUTE = ("none", "attend", "layer")
+PRECISIONS = ("fp8", "bf16")
 SIMULATED = 8
 MOST_GPUS = 1 << 15  # where the search for a count that can ends
 
@@ -44,14 +44,15 @@ class Candidate:
         return (
             f"parallel.pipeline={p.pipeline} parallel.data={p.data} parallel.expert={p.expert} "
             f"parallel.schedule={p.schedule} parallel.recompute={p.recompute} "
-            f"train.micro_batch_size={self.job.micro_batch_size}"
+            f"train.micro_batch_size={self.job.micro_batch_size} train.precision={self.job.precision}"
         )
 
 
 @dataclass
 class Rejections:
-    """How many layouts were none, by class of reason, with the first of each in full."""
+    """How many layouts were looked at and were none, by class of reason, with the first of each in full."""
 
+    looked_at: int = 0
     number: dict[str, int] = field(default_factory=dict)
     example: dict[str, str] = field(default_factory=dict)
 
@@ -71,37 +72,45 @@ class Found:
     smallest_gpus: int | None = None
 
 
-def search(job: Job, *, simulated: int = SIMULATED) -> Found:
-    """Layouts of the job's model, batch, precision and GPUs; its own layout is one of those looked at."""
+def search(job: Job, *, precisions: Sequence[str] = PRECISIONS, simulated: int = SIMULATED) -> Found:
+    """Layouts of the job's model, batch and GPUs; its own layout is one of those looked at."""
     rejections = Rejections()
-    fitting, looked_at = _weigh(job, rejections)
-    best = sorted(fitting, key=lambda c: c.weighed)
+    best = sorted(_fitting(job, rejections, precisions), key=lambda c: c.weighed)
     timed = [replace(c, step_seconds=estimate(c.job)[0]) for c in best[:simulated]]
     ranked = (*sorted(timed, key=lambda c: c.step_seconds or 0.0), *best[simulated:])
-    smallest = None if ranked else _smallest(job)
-    return Found(ranked, rejections, looked_at, smallest)
+    smallest = None if ranked else _smallest(job, precisions)
+    return Found(ranked, rejections, rejections.looked_at, smallest)
 
 
-def _weigh(job: Job, rejections: Rejections) -> tuple[list[Candidate], int]:
-    fitting: list[Candidate] = []
-    looked_at = 0
-    for layout in layouts(job):
-        looked_at += 1
+def on_gpus(job: Job, gpus: int) -> Job:
+    """The job on another number of GPUs, in a layout from which a search can begin."""
+    return job.with_parallel(
+        pipeline=1, data=gpus, expert=1, schedule="1f1b", stages_per_rank=None, layers_per_stage=None
+    )
+
+
+def _fitting(job: Job, rejections: Rejections, precisions: Sequence[str]) -> Iterator[Candidate]:
+    """Every layout that fits, weighed; the others are counted."""
+    for layout in layouts(job, precisions):
+        rejections.looked_at += 1
         p = layout.parallel
         what = f"pipeline {p.pipeline}, expert {p.expert}, {p.schedule}, micro-batch {layout.micro_batch_size}"
+        what += f", {layout.precision}"
         reason = _illegal(layout)
         if reason is not None:
             rejections.add(reason[0], f"{what}: {reason[1]}")
             continue
         try:
-            fitting += _fitting(layout, what, rejections)
+            yield from _least_recomputed(layout, what, rejections)
         except (ScheduleError, SplitError) as error:
             rejections.add("schedule", f"{what}: {error}")
-    return fitting, looked_at
 
 
-def layouts(job: Job) -> Iterator[Job]:
-    """Every combination of axes, schedule and micro-batch, legal or not; recomputation is chosen by what fits."""
+def layouts(job: Job, precisions: Sequence[str]) -> Iterator[Job]:
+    """Every combination of axes, schedule, micro-batch and precision, legal or not.
+
+    Recomputation is chosen by what fits.
+    """
     gpus = job.num_gpus
     for pipeline in _divisors(gpus):
         if pipeline > 4 * job.model.num_hidden_layers:
@@ -114,7 +123,8 @@ def layouts(job: Job) -> Iterator[Job]:
                         pipeline=pipeline, data=data, expert=expert, schedule=schedule, stages_per_rank=None,
                         layers_per_stage=None,
                     )  # fmt: skip
-                    yield replace(changed, micro_batch_size=micro)
+                    for precision in precisions:
+                        yield replace(changed, micro_batch_size=micro, precision=precision)
 
 
 def _illegal(job: Job) -> tuple[str, str] | None:
@@ -138,7 +148,7 @@ def _illegal(job: Job) -> tuple[str, str] | None:
     return kind, found[0]
 
 
-def _fitting(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
+def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
     """The job with the least recomputation that fits."""
     schedule = short_schedule(job)
     stages = job.stages(schedule)
@@ -195,20 +205,26 @@ def _work(chain: Chain) -> tuple[float, float, float]:
     return forward + back + weights + chain.end.forward + chain.end.grad, moved, weights
 
 
-def _smallest(job: Job) -> int | None:
-    """GPUs, in doublings of whole nodes, on which some layout fits; the batch grows where it has to."""
-    gpus = job.hardware.gpus_per_node
-    while gpus <= job.num_gpus:
-        gpus *= 2
-    while gpus <= MOST_GPUS:
-        larger = replace(
-            job.with_parallel(pipeline=1, data=gpus, expert=1),
-            global_batch_size=max(job.global_batch_size, gpus),
-        )
-        if _weigh(larger, Rejections())[0]:
-            return gpus
-        gpus *= 2
-    return None
+def _smallest(job: Job, precisions: Sequence[str]) -> int | None:
+    """GPUs in whole nodes on which some layout fits: by doublings, then the least between the last two.
+
+    The batch grows where it has to. A smaller count than the job's own is not looked at.
+    """
+
+    def fits(gpus: int) -> bool:
+        larger = replace(on_gpus(job, gpus), global_batch_size=max(job.global_batch_size, gpus))
+        return next(_fitting(larger, Rejections(), precisions), None) is not None
+
+    node = job.hardware.gpus_per_node
+    low = job.num_gpus
+    high = node
+    while high <= low:
+        high *= 2
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > MOST_GPUS:
+            return None
+    return next((gpus for gpus in range(low // node * node + node, high, node) if fits(gpus)), high)
 
 
 def _divisors(number: int) -> list[int]:

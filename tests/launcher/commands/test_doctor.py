@@ -92,7 +92,7 @@ def test_a_run_that_does_not_fit_its_gpus_is_told_what_would() -> None:
     """The planner's own judgement: all errors, each with a value that works."""
     too_large = rows_of_cluster("train.precision=bf16")
     assert [row.status for row in too_large] == ["FAIL"]
-    assert "a H800 has 79.1 GiB" in too_large[0].found and "use " in too_large[0].found
+    assert "H800 has 79.1 GiB" in too_large[0].found and "use " in too_large[0].found
     fits = rows_of_cluster("parallel.schedule=1f1b")
     assert [row.status for row in fits] == ["ok"]
 

@@ -88,11 +88,11 @@ def test_everything_wrong_is_said_at_once(slurm: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("memory", "words"),
     [
-        ("1.5e9", "memory of pipeline rank 0, the fullest: 1.6 of 1.4 GiB, DOES NOT FIT"),
-        ("1e5", "one layer takes 0.0 GiB"),
+        ("1.5e9", "pipeline rank 0 would hold 1.6 GiB, H100 has 1.4 GiB"),
+        ("1e5", "H100 has 0.1 MiB"),
     ],
 )
-def test_memory_that_does_not_fit_is_refused_in_the_planners_words(
+def test_memory_that_does_not_fit_is_refused_with_the_rest(
     slurm: Path, data: str, capsys: pytest.CaptureFixture[str], memory: str, words: str
 ) -> None:
     gpu = (folder().parent / "configs" / "cluster" / "h100.yaml").read_text().replace("84943110144", memory)
@@ -102,8 +102,11 @@ def test_memory_that_does_not_fit_is_refused_in_the_planners_words(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and words in said[0], said
     assert not slurm.exists() and not Path("out").exists()
-    if "DOES NOT FIT" in words:
-        assert main([*run, "--accept-memory"]) == 0 and slurm.exists()
+    assert main([*run, "--partition", "nope"]) == 2
+    both = capsys.readouterr().err.splitlines()
+    assert both == [*said, f"expertpipe: --partition nope: no such partition; {WORDS}"]
+    if "would hold" in words:
+        assert "--accept-memory" in said[0] and main([*run, "--accept-memory"]) == 0 and slurm.exists()
 
 
 def test_without_slurm_it_is_one_line(

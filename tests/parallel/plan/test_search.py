@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.plan.search import layouts, search, short_schedule, weigh
+from parallel.plan.search import Rejections, _fitting, layouts, on_gpus, search, short_schedule, weigh
 from parallel.plan.step import plan
 from tests.parallel.plan.jobs import small
 
@@ -28,14 +28,28 @@ def test_every_layout_is_a_candidate_or_counted_as_none(found):
 
 def test_axes_multiply_to_the_gpus():
     job = small()
-    assert all(layout.num_gpus == job.num_gpus for layout in layouts(job))
+    found = list(layouts(job, ("fp8", "bf16")))
+    assert all(layout.num_gpus == job.num_gpus for layout in found)
+    assert {layout.precision for layout in found} == {"fp8", "bf16"}
 
 
 def test_too_small_a_cluster_gets_the_smallest_that_can():
     job = small(hardware=replace(small().hardware, memory_bytes=40e9)).with_parallel(data=4, pipeline=2, expert=4)
-    none = search(job, simulated=1)
+    none = search(job, precisions=("fp8",), simulated=1)
     assert none.candidates == () and none.smallest_gpus is not None
-    assert none.smallest_gpus > job.num_gpus
+    node = job.hardware.gpus_per_node
+    assert none.smallest_gpus > job.num_gpus and none.smallest_gpus % node == 0
+    for gpus in (none.smallest_gpus - node, none.smallest_gpus):
+        larger = replace(on_gpus(job, gpus), global_batch_size=max(job.global_batch_size, gpus))
+        assert bool(next(_fitting(larger, Rejections(), ("fp8",)), None)) == (gpus == none.smallest_gpus), gpus
+
+
+def test_precisions_that_are_not_asked_for_are_not_looked_at():
+    job = small(hardware=replace(small().hardware, memory_bytes=120e9))
+    both, one = search(job, simulated=0), search(job, precisions=("bf16",), simulated=0)
+    assert {c.job.precision for c in both.candidates} == {"fp8", "bf16"}
+    assert {c.job.precision for c in one.candidates} == {"bf16"} and 2 * one.looked_at == both.looked_at
+    assert "train.precision=bf16" in one.candidates[0].words()
 
 
 def test_weighing_follows_the_simulation():
