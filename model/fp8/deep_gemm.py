@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.backends import MissingBackend, version_problem
+from model.dropping import Again
 from model.fp8.config import FP8Config
 from model.fp8.formats import AMAX_FLOOR, EXPONENT_BIAS, TILE_SIZE, QuantisedTensor, Rows, Scales, Tile
 from model.fp8.quantise import Quantiser
@@ -116,7 +117,14 @@ class DeepGEMMGrouped:
     ) -> Tensor:
         """See `model.linear.FP8Call`; x [rows, in], counts given."""
         assert counts is not None, "a stack of experts has counts"
-        return _Grouped.apply(x, weight, sink, counts, self)  # type: ignore[return-value]
+        return _Grouped.apply(x, weight, sink, counts, self, None)  # type: ignore[return-value]
+
+    def call_again(
+        self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Again
+    ) -> Tensor:
+        """As the call, but nothing of x is kept: `again` gives it for the backward, where it is rounded to the same."""
+        assert counts is not None, "a stack of experts has counts"
+        return _Grouped.apply(x, weight, sink, counts, self, again)  # type: ignore[return-value]
 
     def weights_changed(self) -> None:
         """Round the weight anew at its next use."""
@@ -163,27 +171,37 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...], layer: DeepGEMMGrouped
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...], layer: DeepGEMMGrouped,
+        again: Again | None,
+    ) -> Tensor:  # fmt: skip
         filled = Filled.of(counts, x.device)
-        kept, rounded = layer.take_input(x, filled)
-        ctx.save_for_backward(weight, kept.values, kept.scales)
-        ctx.sink, ctx.counts, ctx.layer, ctx.like = sink, counts, layer, (kept.tile, kept.rows)
+        if again is None:
+            kept, rounded = layer.take_input(x, filled)
+            ctx.save_for_backward(weight, kept.values, kept.scales)
+            ctx.like = (kept.tile, kept.rows)
+        else:
+            rounded = layer.rows.quantise(x)
+            ctx.save_for_backward(weight)
+        ctx.sink, ctx.counts, ctx.layer, ctx.again = sink, counts, layer, again
         return layer.product(rounded, filled, *layer.rounded_weight(weight)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        (grad,), (weight, values, scales) = grads, ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (weight, *saved) = grads, ctx.saved_tensors
         layer, counts, grad_x = ctx.layer, ctx.counts, None
         if ctx.needs_input_grad[0]:
             turned, turned_scales = (part.mT.contiguous() for part in layer.rounded_weight(weight))
             rounded, filled = layer.gradient_rows.quantise(grad), Filled.of(counts, grad.device)
             grad_x = layer.product(rounded, filled, turned, turned_scales).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            tile, rows = ctx.like
-            kept = QuantisedTensor(values, scales, tile, rows, tuple(values.shape))
+            if ctx.again is None:
+                (values, scales), (tile, rows) = saved, ctx.like
+                kept = QuantisedTensor(values, scales, tile, rows, tuple(values.shape))
+            else:
+                kept, _ = layer.take_input(ctx.again(), Filled.of(counts, grad.device))
             ctx.sink.put(weight, lambda acc: layer.add_wgrad(acc, grad, kept, counts))
-        return grad_x, None, None, None, None
+        ctx.again = None
+        return grad_x, None, None, None, None, None
 
 
 def apply_deep_gemm(linears: Mapping[str, Any], config: FP8Config) -> None:

@@ -111,6 +111,20 @@ def test_the_oracle_s_numbers(scales: str, cache: str) -> None:
     assert not found[1].any()
 
 
+@pytest.mark.parametrize("cache", ["fp8", "wide"])
+def test_an_input_that_comes_again_gives_the_same_to_the_bit(cache: str) -> None:
+    _, layer = pair("pow2", cache)
+    product: Any = layer.fp8
+    x, grad, results = data(sum(COUNTS), 384, 1), data(sum(COUNTS), 256, 2), []
+    for again in (None, lambda: x):
+        layer.weight.main_grad, leaf = None, x.clone().requires_grad_()  # type: ignore[attr-defined]
+        arguments = (leaf, layer.weight, layer.sink, COUNTS)
+        y = product(*arguments) if again is None else product.call_again(*arguments, again)
+        y.backward(grad)
+        results.append((y.detach(), leaf.grad, main_grad(layer.weight)))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
 def test_a_weight_is_rounded_once_a_step() -> None:
     _, ours = pair("pow2")
     layer: Any = ours.fp8
