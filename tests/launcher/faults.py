@@ -67,11 +67,12 @@ def kill_at(argument: str, config: RunConfig) -> None:
         return
     left = [int(count)]
 
-    def wrap(module: object, name: str) -> None:
+    def wrap(module: object, name: str, only: str = "") -> None:
+        """only: how the name of the first argument, a path, begins."""
         plain = getattr(module, name)
 
         def fatal(*args, **kwargs):  # type: ignore[no-untyped-def]
-            left[0] -= 1
+            left[0] -= not only or Path(args[0]).name.startswith(only)
             if left[0] == 0:
                 _die(config)
             return plain(*args, **kwargs)
@@ -85,7 +86,7 @@ def kill_at(argument: str, config: RunConfig) -> None:
         "rename": (Path, "rename"),
         "latest": (checkpoint_files, "point_latest"),
         "verify": (checkpoint_saver, "require_whole"),
-        "delete": (checkpoint_saver.shutil, "rmtree"),
+        "delete": (checkpoint_saver.shutil, "rmtree", "step-"),  # not what prepares a folder to write to
     }
     wrap(*places[where])
 
