@@ -124,7 +124,9 @@ def test_recompute_needs_fewer_bytes() -> None:
     config = compose(["experiment=deepseek_v3_2048_h800"])
     schedule = build("dualpipe", num_ranks=16, num_microbatches=120)
     sizes = []
-    for recompute in ("none", "attend", "layer"):
+    for recompute in ("none", "attend", "layer", "report"):
         changed = replace(config, parallel=replace(config.parallel, recompute=recompute))
         sizes.append(max(peak_bytes(schedule, memory_of(changed, schedule))))
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    *coarse, report = sizes
+    assert coarse == sorted(coarse, reverse=True) and len(set(coarse)) == 3
+    assert coarse[2] < report < coarse[0]
