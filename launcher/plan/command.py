@@ -1,7 +1,7 @@
 """`expertpipe plan`: what a run will cost, hold and take, without a GPU and without torch."""
 
 import json
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def plan_command(argv: list[str]) -> int:
         from launcher.plan.text import text
 
         print(text(found, cost, helps))
-    _pictures(found, args.html, args.perfetto, quiet=args.json)
+    if args.html or args.perfetto:
+        _pictures(found, cost, helps, args)
     return 0
 
 
@@ -110,28 +111,16 @@ def as_tree(found: Plan, cost: Hours, helps: list[Change]) -> dict[str, Any]:
     }
 
 
-def _pictures(found: Plan, html: Path | None, perfetto: Path | None, *, quiet: bool) -> None:
-    if html is None and perfetto is None:
-        return
-    from launcher.show.schedule_picture import spans, ways
+def _pictures(found: Plan, cost: Hours, helps: list[Change], args: Namespace) -> None:
+    """The files that were asked for."""
+    if args.html is not None:
+        from launcher.plan.page import write_page
 
-    rows = spans(found.schedule, found.timeline.ranks)
-    if html is not None:
-        from launcher.show.timeline_html import timeline_html
-
-        job = found.job
-        timeline_html(
-            rows,
-            html,
-            title=f"{found.schedule.name}: pipeline of {job.parallel.pipeline}, {job.num_gpus} {job.hardware.name}",
-            subtitle=f"step {found.step_seconds:.2f} s, idle {found.split.bubble / found.step_seconds:.1%}, "
-            f"{found.tokens_per_second_per_gpu:.0f} tokens/s/GPU",
-            time_label="time, s",
-            ways=ways(found.schedule),
-        )
-    if perfetto is not None:
+        write_page(found, cost, helps, args.html)
+    if args.perfetto is not None:
+        from launcher.show.schedule_picture import spans
         from launcher.show.timeline_trace import write_trace
 
-        write_trace([("plan", rows)], perfetto, us_per_unit=1e6)
-    if not quiet:
-        print("\n".join(f"wrote {file}" for file in (html, perfetto) if file is not None))
+        write_trace([("plan", spans(found.schedule, found.timeline.ranks))], args.perfetto, us_per_unit=1e6)
+    if not args.json:
+        print("\n".join(f"wrote {file}" for file in (args.html, args.perfetto) if file is not None))

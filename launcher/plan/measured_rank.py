@@ -252,8 +252,8 @@ class ChunkClock:
         links = {stage: self._run.executor.stages.num_links(stage) for stage in self._run.model.stages}
         gathered: list[tuple[list[dict[PhaseKey, float]], dict[int, int]]] = [([], {})] * dist.get_world_size()
         dist.all_gather_object(gathered, (mine, links))
-        merged = [_mean([tables[i] for tables, _ in gathered]) for i in range(3)]
-        return MeasuredCosts({k: v for _, links in gathered for k, v in links.items()}, *merged)
+        own, beside, put_off = (_mean([tables[i] for tables, _ in gathered]) for i in range(3))
+        return MeasuredCosts({k: v for _, links in gathered for k, v in links.items()}, own, beside, put_off)
 
     def _chunk(self, stage: int, halves: int) -> None:
         run, stages = self._run, self._run.executor.stages

@@ -17,8 +17,12 @@ def timeline_html(
     time_label: str,
     labels: Sequence[str] | None = None,
     ways: Ways | None = None,
+    below: str = "",
 ) -> None:
-    """Write the page. Boxes are drawn on a canvas: a hundred thousand of them stay quick. ValueError as `timeline`."""
+    """Write the page. Boxes are drawn on a canvas: a hundred thousand of them stay quick. ValueError as `timeline`.
+
+    below: HTML that follows the picture.
+    """
     end = checked_end(rows)
     shown = {(part.direction, part.kind) for row in rows for span in row for part in span_parts(span)}
     data = {
@@ -38,7 +42,7 @@ def timeline_html(
         if (way, kind) in shown
     )
     page = _PAGE.replace("@TITLE@", html.escape(title)).replace("@SUBTITLE@", html.escape(subtitle))
-    page = page.replace("@LEGEND@", legend)
+    page = page.replace("@LEGEND@", legend).replace("@BELOW@", below)
     page = page.replace("@DATA@", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +69,7 @@ p{margin:2px 0 12px;color:#667085}
 canvas{display:block;width:100%;cursor:grab}
 #tip{position:absolute;display:none;pointer-events:none;background:#1f2430;color:#fff;border-radius:5px;
 padding:5px 9px;font-size:12.5px;white-space:nowrap;z-index:1}
+#legend{margin-top:8px}
 #legend span{margin-right:16px;color:#475467;white-space:nowrap}
 #legend i{display:inline-block;width:14px;height:14px;margin-right:5px;border-radius:3px;vertical-align:-2px;
 box-shadow:inset 0 0 0 1px #0002}
@@ -73,12 +78,14 @@ box-shadow:inset 0 0 0 1px #0002}
 <div id="chart"><canvas id="canvas"></canvas><div id="tip"></div></div>
 <p id="legend">@LEGEND@</p>
 <p>Hover for an action; wheel zooms, drag moves, double click shows all again.</p>
+@BELOW@
 <script>
 "use strict";
 const data = @DATA@;
 const canvas = document.getElementById("canvas"), tip = document.getElementById("tip"), g = canvas.getContext("2d");
 const dark = {B: [1, 1], I: [1, 0], F: [0, 0], W: [0, 0]};
-const rowHeight = Math.max(18, Math.min(30, 620 / data.rows.length)), bottom = 26;
+const rowHeight = Math.max(18, Math.min(30, 620 / data.rows.length)), bottom = 42;
+const digits = String(Math.max(0, ...data.rows.flatMap(row => row.flatMap(box => box[3].map(p => p[2]))))).length;
 let left = 60, from = 0, to = data.end, width = 0, dragged = null;
 const x = t => left + (t - from) / (to - from) * (width - left);
 const time = px => from + (px - left) / (width - left) * (to - from);
@@ -93,7 +100,7 @@ function part(kind, way, number, a, b, top, height) {
   const gap = b - a > 4 ? 0.7 : 0;
   g.fillRect(a + gap / 2, top, Math.max(0.3, b - a - gap), height);
   const text = String(number), size = Math.min(12, height * 0.72);
-  if (size < 7 || text.length * size * 0.62 > b - a - 3) return;
+  if (size < 7 || digits * size * 0.62 > b - a - 3) return; // all numbers or none
   g.fillStyle = dark[kind][way] ? "#fff" : "#1f2430";
   g.font = size + "px system-ui,sans-serif"; g.textAlign = "center"; g.textBaseline = "middle";
   g.fillText(text, (a + b) / 2, top + height / 2 + 0.5);
@@ -119,8 +126,9 @@ function draw() {
   g.textAlign = "center";
   ticks().forEach(t => {
     g.fillRect(x(t), height - bottom, 1, 4);
-    g.fillText(t, Math.min(Math.max(x(t), left + 8), width - 14), height - bottom + 13);
+    g.fillText(t, Math.min(Math.max(x(t), left + 3), width - 14), height - bottom + 13);
   });
+  g.fillText(data.unit, (left + width) / 2, height - 8);
 }
 function under(event) {
   const box = canvas.getBoundingClientRect(), px = event.clientX - box.left, py = event.clientY - box.top;

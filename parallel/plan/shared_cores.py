@@ -20,12 +20,17 @@ _DONE = 1e-12  # seconds: what is left of a piece of work by rounding
 
 
 class CoreCosts(Protocol):
-    """Processor seconds of phases on an idle machine. latency: from a transfer's last work until it is there;
-    message: between pipeline ranks.
-    """
+    """Processor seconds of phases on an idle machine."""
 
-    latency: float
-    message: float
+    @property
+    def latency(self) -> float:
+        """From a transfer's last work until it is there."""
+        ...
+
+    @property
+    def message(self) -> float:
+        """Of a message between pipeline ranks."""
+        ...
 
     def num_links(self, stage: int) -> int:
         """Of the stage's chain, the end included."""

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.plan.inputs import hardware_of
+from launcher.show.timeline import FILLS
 from parallel.plan.hardware import HardwareError
 
 KEYS = {
@@ -30,7 +32,9 @@ def test_table_fits_80_columns_and_pictures_are_written(capsys, tmp_path):
     assert main(["plan", *TINY, "--html", str(html), "--perfetto", str(trace)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith("wrote")) <= 80
-    assert "<canvas" in html.read_text()
+    page = html.read_text()
+    assert "<canvas" in page and "time, ms" in page and "Memory of pipeline rank 0, the fullest" in page
+    assert page.count("<tr") == sum(line.startswith("  ") and "%" in line for line in lines if "less" not in line) + 2
     assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
 
 
@@ -56,6 +60,27 @@ def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
     words = ["experiment=deepseek_v3_2048_h800", "parallel.expert=128"]
     assert main(["plan", *words]) == 2
     assert "parallel.expert=128" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_without_an_error(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium: the page was not opened in a browser (apt-get install chromium)")
+    from PIL import Image
+
+    path, picture = tmp_path / "plan.html", tmp_path / "plan.png"
+    assert main(["plan", *TINY, "--html", str(path)]) == 0
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1280,900",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    with Image.open(picture) as shot:
+        colours = {colour for _, colour in shot.convert("RGB").getcolors(1 << 20) or ()}
+    fills = {tuple(bytes.fromhex(fill[1:])) for way in FILLS for fill in way.values()}
+    assert fills <= colours and (0x4F, 0x92, 0xD3) in colours  # every kind of box, and the tables' bars
 
 
 def test_a_plan_needs_no_torch():
