@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from launcher.config import ConfigError
 from launcher.plan.inputs import job_of
 from parallel.plan.advice import Change, bound_by, changes
 from parallel.plan.recipe import Hours, hours
@@ -18,8 +19,8 @@ def plan_command(argv: list[str]) -> int:
     for word, given, needed, there in (
         ("--measured", args.measured, "--validate", args.validate), ("--gpus", args.gpus, "--search", args.search),
     ):  # fmt: skip
-        if given and not there:
-            parser.error(f"{word} goes with {needed}")
+        if given is not None and given is not False and not there:
+            raise ConfigError([f"{word} goes with {needed}"])
     if args.measured:
         from launcher.plan.measured import measured_command
 
@@ -29,7 +30,7 @@ def plan_command(argv: list[str]) -> int:
 
         return validate_command(as_json=args.json, trace=args.trace)
     if not args.overrides:
-        parser.error("name a run, such as experiment=deepseek_v3_2048_h800, or --validate")
+        raise ConfigError(["name a run, such as experiment=deepseek_v3_2048_h800, or --validate"])
     job = job_of(args)
     if args.search:
         from launcher.plan.search import search_command

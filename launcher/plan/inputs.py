@@ -1,9 +1,12 @@
 """From the words of `expertpipe plan` to a `Job`: the run, the cluster and the calibration. No torch."""
 
 import difflib
+import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.check.run import checked
 from launcher.config import ConfigError, RunConfig
@@ -14,6 +17,8 @@ from parallel.plan.feasible import problems as impossible
 from parallel.plan.hardware import Hardware, HardwareError, read
 from parallel.plan.job import Job
 from parallel.plan.kernels import Calibration
+
+T = TypeVar("T")
 
 CALIBRATION = "h800_overlap_trace.json"  # measured on the chip that H800, H100 and H200 share
 
@@ -43,16 +48,42 @@ def config_of(overrides: list[str]) -> RunConfig:
 
 
 def job_of(args: Namespace) -> Job:
-    """What is to be planned; every problem with it at once."""
-    job = of_config(config_of(args.overrides), hardware_of(args.cluster))
+    """What is to be planned; ConfigError with every problem of the run, the cluster and the calibration at once.
+
+    A search (`args.search`) may begin from a layout that cannot be.
+    """
+    errors: list[str] = []
+    config = _tried(errors, lambda: config_of(args.overrides))
+    hardware = _tried(errors, lambda: hardware_of(args.cluster))
+    price = getattr(args, "price", None)
+    if price is not None and not 0 <= price < math.inf:
+        errors.append(f"--price {price:g}: use dollars of a GPU-hour, such as 2")
+    if args.calibration not in (None, "none"):
+        _tried(errors, lambda: calibration.read(Path(args.calibration)))
+    if config is None or hardware is None:
+        raise ConfigError(errors)
+    job = of_config(config, hardware)
     if args.precision:
         job = replace(job, precision=args.precision)
     if args.as_published:
         job = as_published(job)
-    found = impossible(job)
-    if found:
-        raise ConfigError(found)
-    return replace(job, calibration=calibration_of(args, job))
+    if not getattr(args, "search", False):
+        errors += impossible(job)
+    factors = _tried(errors, lambda: calibration_of(args, job))
+    if errors or factors is None:
+        raise ConfigError(list(dict.fromkeys(errors)))
+    return replace(job, calibration=factors)
+
+
+def _tried(errors: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` gives; None where it fails, with its messages added to the errors."""
+    try:
+        return read()
+    except ConfigError as error:
+        errors += error.errors
+    except HardwareError as error:
+        errors.append(str(error))
+    return None
 
 
 def problems(config: RunConfig, cluster: Hardware, *, memory: bool = True) -> list[str]:

@@ -16,8 +16,8 @@ def search_command(job: Job, *, gpus: int | None, precision: str | None, as_json
     gpus: instead of the run's own number; HardwareError if they are not whole nodes. precision: None to look at FP8 and
     BF16.
     """
+    check_cluster(job.hardware, job.num_gpus if gpus is None else gpus)
     if gpus is not None:
-        check_cluster(job.hardware, gpus)
         job = on_gpus(job, gpus)
     found = search(job, precisions=(precision,) if precision else PRECISIONS)
     if as_json:

@@ -56,6 +56,28 @@ def test_bad_input_is_one_clear_line(capsys, words, said):
     assert said in error and "Traceback" not in error
 
 
+def test_everything_wrong_is_said_at_once(capsys):
+    words = ["experiment=tiny", "train.stepps=3", "parallel.expert=3", "--cluster", "h80", "--price", "-1"]
+    assert main(["plan", *words, "--calibration", "nowhere.json"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    said = ("train.stepps", "parallel.expert=3", "did you mean h800?", "--price -1", "nowhere.json: not a calibration")
+    assert len(lines) == len(said) + 1  # expert=3 divides neither experts nor data ranks
+    assert all(any(text in line for line in lines) for text in said), lines
+
+
+def test_a_search_on_any_count_of_gpus(capsys):
+    assert main(["plan", "experiment=tiny", "--cluster", "h100", "--search", "--gpus", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layouts"] and all(row["pipeline"] * row["data"] == 16 for row in found["layouts"])
+    assert {row["precision"] for row in found["layouts"]} == {"fp8", "bf16"}
+    for words, said in (
+        (["--search", "--gpus", "12"], "12 GPUs are not whole nodes of 8 H100: use 8 or 16"),
+        (["--gpus", "8"], "--gpus goes with --search"),
+    ):
+        assert main(["plan", "experiment=tiny", "--cluster", "h100", *words]) == 2
+        assert capsys.readouterr().err == f"expertpipe: {said}\n"
+
+
 def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
     words = ["experiment=deepseek_v3_2048_h800", "parallel.expert=128"]
     assert main(["plan", *words]) == 2

@@ -49,7 +49,7 @@ def test_planned_stages_are_uneven() -> None:
 
 def test_measured_alone_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--measured"]) == 2
-    assert "--measured goes with --validate" in capsys.readouterr().err
+    assert capsys.readouterr().err == "expertpipe: --measured goes with --validate\n"
 
 
 def quick_rows() -> list[Row]:
