@@ -74,7 +74,7 @@ def dropping(dropped: Dropped | None, *tensors: Tensor) -> Iterator[None]:
         index, dtype = places.get(saved.untyped_storage().data_ptr(), (None, None))
         if index is None or saved.dtype != dtype:
             return saved
-        return _Note(dropped, index, tuple(saved.shape), saved.stride(), saved.storage_offset())
+        return _Note(dropped, index, tuple(saved.shape), saved.stride(), int(saved.storage_offset()))
 
     def unpack(packed: Any) -> Tensor:
         return packed.tensor() if isinstance(packed, _Note) else packed

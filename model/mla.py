@@ -15,6 +15,7 @@ from model.dropping import Again, Dropped, dropping, project
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import rotate, softmax_scale
+from model.rowwise.kernels import TORCH, Rowwise
 
 
 class _Assemble(torch.autograd.Function):
@@ -58,6 +59,8 @@ class _Assemble(torch.autograd.Function):
 class MultiHeadLatentAttention(nn.Module):
     """Causal self-attention over each sequence of the micro-batch."""
 
+    rowwise: Rowwise = TORCH
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c, heads = config, config.num_attention_heads
@@ -90,14 +93,12 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BSC = project(self.kv_a_proj_with_mqa, x_BSD, x_again)
         inputs_again = heads_again = None
         if x_again is not None:
-            kept_query = query_BSQ.detach() if self.has_query_latent else None
-            kept_kv = kv_BSC.detach()
-            inputs_again = Dropped(lambda: self._up_inputs(x_again() if kept_query is None else kept_query, kept_kv))
+            kept_query, kept_kv = query_BSQ.detach() if self.has_query_latent else None, kv_BSC.detach()
+            up = Dropped(lambda: self._up_inputs(x_again() if kept_query is None else kept_query, kept_kv))
+            inputs_again, heads_again = up, Dropped(lambda: self._heads(up[0], up[1], kept_kv, rotations_SP))
         heads = self._heads(*self._up_inputs(query_BSQ, kv_BSC), kv_BSC, rotations_SP, inputs_again)
-        if inputs_again is not None:
-            heads_again = Dropped(lambda: self._heads(inputs_again[0], inputs_again[1], kept_kv, rotations_SP))
         with dropping(heads_again, *heads):
-            out_BHSV = causal_attention(*heads, self.scale, documents)
+            out_BHSV = causal_attention(*heads, self.scale, documents, self.rowwise)
         return self.o_proj(out_BHSV.transpose(1, 2).flatten(2))
 
     @property

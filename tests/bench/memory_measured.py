@@ -199,7 +199,8 @@ def predicted_levels(case: Case, rank: int, rows: float) -> list[Level]:
     setting = setting_of(shape, job.parallel, precision=case.precision, fp8=job.fp8, on_cpu=True)
     level = case.overlap if case.expert > 1 else "off"
     walk = Walk(schedule, job.stages(schedule), setting, level=level)
-    found, held = [], dict.fromkeys(KINDS, 0.0)
+    found: list[Level] = []
+    held: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for actions in walk.works(rank):
         acting = walk.acting(actions)
         chunks = [one.passing() for one in acting]

@@ -15,11 +15,19 @@ from tests.launcher.test_spine import run_case
 from tests.launcher.test_spine_fp8 import in_fp8
 
 
-@pytest.mark.parametrize(("schedule", "overlap"), [("1f1b", "off"), ("dualpipe", "pairs"), ("dualpipe", "all")])
+@pytest.mark.parametrize(
+    ("schedule", "overlap"),
+    [
+        pytest.param("1f1b", "off", marks=pytest.mark.slow),
+        pytest.param("dualpipe", "pairs", marks=pytest.mark.slow),
+        ("dualpipe", "all"),
+    ],
+)
 def test_equals_one_process(tmp_path: Path, schedule: str, overlap: str) -> None:
     run_case(tmp_path, (2, 2, 2), schedule, (2, 4), overlap=overlap, recompute="report")
 
 
+@pytest.mark.slow
 def test_zero_bubble_equals_one_process(tmp_path: Path) -> None:
     run_case(tmp_path, (2, 2, 2), "zb1p", (2, 4), overlap="all", recompute="report")
 
@@ -32,12 +40,13 @@ def forget_the_second_norm(run: Any) -> None:
         out, again = plain(block, norm, h_BSD)
         if again is not None and norm is block.post_attention_layernorm:
             kept = h_BSD.detach()
-            again = Dropped(lambda: (norm(1.01 * kept + 0.01),))
+            again = Dropped(lambda: (norm(1.01 * kept + 0.01),)).part(0)
         return out, again
 
     Block._normed = wrong  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_wrong_residual_is_seen(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="gradient of"):
         run_case(
@@ -45,6 +54,7 @@ def test_a_wrong_residual_is_seen(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", ["pairs", "all"])
 def test_in_fp8_it_changes_no_bit(tmp_path: Path, overlap: str) -> None:
     """Two runs of four processes with experts spread, cached in FP8, rows sent in FP8: with and without."""
