@@ -19,9 +19,9 @@ APEX_MODULE = "fused_weight_gradient_mlp_cuda"
 
 
 class AddProduct(Protocol):
-    """acc += left @ right."""
+    """acc += left @ right, or acc = left @ right."""
 
-    def __call__(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
+    def __call__(self, acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
         """acc FP32 [out, in], dense; left [out, rows], usually a transposed view; right [rows, in]."""
         ...
 
@@ -32,8 +32,10 @@ class ApexAddProduct:
     def __init__(self) -> None:
         self._cuda: Any = load_apex(f"{KEY}=apex", INSTEAD, APEX_MODULE)
 
-    def __call__(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
+    def __call__(self, acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
         """See AddProduct."""
+        if overwrite:  # which the kernel cannot
+            acc.zero_()
         if left.dtype == torch.float32 or not right.numel():
             add_product(acc, left, right)
             return
@@ -49,15 +51,15 @@ class TransformerEngineAddProduct:
             f"{KEY}=transformer_engine", INSTEAD, "transformer_engine.pytorch.cpp_extensions"
         )
 
-    def __call__(self, acc: Tensor, left: Tensor, right: Tensor) -> None:
+    def __call__(self, acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
         """See AddProduct."""
         if left.dtype == torch.float32 or not right.numel():
-            add_product(acc, left, right)
+            add_product(acc.zero_() if overwrite else acc, left, right)
             return
         _check(acc, left, right)
         self._extensions.general_gemm(
-            right.contiguous(), left.t().contiguous(), out_dtype=torch.float32, layout="NT", out=acc, accumulate=True,
-            grad=True,
+            right.contiguous(), left.t().contiguous(), out_dtype=torch.float32, layout="NT", out=acc,
+            accumulate=not overwrite, grad=True,
         )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ def general_gemm(
     a: Tensor, b: Tensor, *, out_dtype: torch.dtype, layout: str, out: Tensor, accumulate: bool, grad: bool
 ) -> None:
     """What Transformer Engine's does in the layout NT: out += b^T a."""
-    assert layout == "NT" and accumulate and grad and out_dtype == out.dtype == torch.float32
+    assert layout == "NT" and grad and out_dtype == out.dtype == torch.float32
     assert all(t.is_contiguous() for t in (a, b, out))
-    out += b.float().t() @ a.float()
+    out.mul_(accumulate).add_(b.float().t() @ a.float())
 
 
 STANDS = {
@@ -64,6 +64,8 @@ def test_adds_what_the_twin_adds(monkeypatch: pytest.MonkeyPatch, name: str) -> 
         bound = 1e-6 * (grad.float().abs().t() @ x.float().abs())
         assert ((found[1] - twin[1]).abs() <= bound + 1e-6).all()
         assert torch.equal(found[0], stack[0]) and torch.equal(found[2], stack[2])
+        add(found[1], grad.t(), x, overwrite=True)  # in place of what it held
+        assert ((found[1] - (twin[1] - stack[1])).abs() <= bound + 1e-5).all()
 
 
 @pytest.mark.parametrize("name", STANDS)
@@ -73,6 +75,8 @@ def test_fp32_factors_and_empty_groups_stay_with_torch(monkeypatch: pytest.Monke
     add(acc, torch.ones(5, 3).t(), torch.ones(5, 4))
     add(acc, torch.ones(0, 3).t().bfloat16(), torch.ones(0, 4).bfloat16())
     assert (acc == 5).all()
+    add(acc, torch.ones(2, 3).t(), torch.ones(2, 4), overwrite=True)
+    assert (acc == 2).all()
 
 
 @pytest.mark.parametrize("name", STANDS)
