@@ -1,6 +1,7 @@
 """Environments with packages that the tests' own does not have: one for each set, a layer over the one that tests.
 
 They are kept in the user's cache folder, named by what is in them, so that a machine installs each set once.
+`python -m tests.extras grain==0.2.18` prints the interpreter of such a one.
 """
 
 import fcntl
@@ -51,3 +52,7 @@ def run_there(python: Path, *arguments: str, timeout: float = 600) -> str:
     )
     assert found.returncode == 0, f"{arguments}:\n{found.stdout[-4000:]}\n{found.stderr[-4000:]}"
     return found.stdout
+
+
+if __name__ == "__main__":
+    print(environment_with(*sys.argv[1:]))
