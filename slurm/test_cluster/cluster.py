@@ -65,6 +65,8 @@ KillWait=5
 MessageTimeout=5
 MinJobAge=3600
 JobRequeue=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 """
 
@@ -252,8 +254,9 @@ def _write_files(folder: Path, names: Sequence[str], gpus: int) -> None:
     ]
     last = len(names) - 1
     partitions = [
-        f"PartitionName=main Nodes=n[1-{last}] Default=YES MaxTime=INFINITE State=UP",
-        "PartitionName=short Nodes=n1 MaxTime=5 State=UP",
+        f"PartitionName=main Nodes=n[1-{last}] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 State=UP",
+        "PartitionName=short Nodes=n1 MaxTime=5 PriorityTier=1 State=UP",
+        f"PartitionName=urgent Nodes=n[1-{last}] MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP",
     ]
     (folder / "etc" / "slurm.conf").write_text(CONFIG.format(folder=folder) + "\n".join([*nodes, *partitions]) + "\n")
     (folder / "etc" / "cgroup.conf").write_text("CgroupAutomount=no\n")

@@ -67,6 +67,21 @@ def test_before_the_time_limit_it_requeues_and_a_cancelled_job_stays_ended(
     assert len(seen) > 2 and seen == {step: straight.losses[step] for step in seen}
 
 
+def test_a_preempted_job_saves_and_resumes_when_there_is_room(
+    cluster: Cluster, straight: Straight, tmp_path: Path
+) -> None:
+    """By a partition of a higher tier that wants all nodes: Slurm's own signals, and its own choice of who goes."""
+    job = sbatch(cluster, "train", NODES_2X1, overrides(straight.prefix, tmp_path, steps=STEPS), tmp_path)
+    job.until_step(7)
+    options = ["--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    urgent = Job(cluster, int(cluster.run("sbatch", "--parsable", *options).stdout), tmp_path, tmp_path / "none")
+    assert urgent.end() == "COMPLETED"
+    assert job.end() == "COMPLETED", job.log
+    assert job.facts["Restarts"] == "1", job.log
+    assert "; start again to go on" in job.log and "resumed after step" in job.log
+    assert job.losses == straight.losses
+
+
 @pytest.mark.parametrize("which", [1, 0], ids=["second-node", "batch-host"])
 def test_a_lost_node_is_replaced_unattended(cluster: Cluster, straight: Straight, tmp_path: Path, which: int) -> None:
     """The node is cut off and all on it killed: slurmd, step, ranks; on the first one the batch shell, srun and rank 0
@@ -126,7 +141,10 @@ def test_torchrun_on_two_nodes_saves_requeues_and_resumes(cluster: Cluster, stra
 
 def test_wrong_partition_and_gpu_count_are_one_line(cluster: Cluster, prefix: str, tmp_path: Path) -> None:
     words = overrides(prefix, tmp_path / "run", steps=1)
-    there = "there are main (4 nodes of 8 GPUs, no time limit), short (1 node of 8 GPUs, at most 5:00)"
+    there = (
+        "there are main (4 nodes of 8 GPUs, no time limit), short (1 node of 8 GPUs, at most 5:00), "
+        "urgent (4 nodes of 8 GPUs, no time limit)"
+    )
 
     def submit(*more: str) -> list[str]:
         command = [sys.executable, "-m", "launcher", "submit", *words, "cluster=h100", *more]
