@@ -85,7 +85,7 @@ def apex_problem() -> list[str]:
     here = f"the apex {other} installed here is another project" if other else "it is not installed"
     if other and find_spec("apex.multi_tensor_apply") is not None:
         here = f"the apex {other} installed here was built without its CUDA extensions"
-    return [f"optim.adamw=apex needs NVIDIA's apex, built from source, and {here}: {FUSED}"]
+    return [f"optim.adamw=apex needs NVIDIA's apex, built from source, and {here}: run slurm/install.sh, or {FUSED}"]
 
 
 def _version(name: str) -> str | None:

@@ -228,7 +228,7 @@ def apex_row() -> Row:
     version = distribution_version("apex")
     if has_module("amp_C"):
         return Row("NVIDIA apex", "ok", f"amp_C found, version {version or 'unknown'}")
-    build = "build NVIDIA's from source with --cpp_ext --cuda_ext"
+    build = "slurm/install.sh builds NVIDIA's from source"
     spec = find_spec("apex")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or () if spec else ())]
     if any((folder / "multi_tensor_apply").is_dir() for folder in folders):
