@@ -60,6 +60,7 @@ def published_job() -> Job:
         micro_batch_size=1,
         global_batch_size=15360,
         precision="fp8",
+        fp8=config.fp8,
         tokens=14.8e12,
         calibration=shipped(),
     )
