@@ -197,6 +197,11 @@ def axes(x: Scale, y: Scale, width: float, height: float, form: Callable[[float]
     return "".join(parts)
 
 
+def frame(width: float) -> str:
+    """The class of a figure: one as wide as the page keeps its size on a narrow one and is scrolled."""
+    return "chart wide" if width > 700 else "chart"
+
+
 def figure(chart: Chart, inside: str, x: Scale, *, legend: str | None = None) -> str:
     """The frame of a picture. legend: in place of the series' own."""
     named = [series for series in chart.series if not series.faint]
@@ -217,7 +222,7 @@ def figure(chart: Chart, inside: str, x: Scale, *, legend: str | None = None) ->
     unit = f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else ""
     note = f'<p class="note">{html.escape(chart.note)}</p>' if chart.note else ""
     return (
-        f'<figure class="chart"><figcaption>{html.escape(chart.title)}{unit}</figcaption>'
+        f'<figure class="{frame(chart.width)}"><figcaption>{html.escape(chart.title)}{unit}</figcaption>'
         f'<div class="plot"><svg viewBox="0 0 {chart.width:g} {chart.height:g}" role="img" '
         f'aria-label="{html.escape(chart.title)}">{inside}</svg>'
         f'<script type="application/json">{json.dumps(data, separators=(",", ":")).replace("<", "")}</script></div>'

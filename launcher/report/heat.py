@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.report.charts import Scale, short
+from launcher.report.charts import Scale, frame, short
 
 # One hue, dark where much: for 1 (balanced) to the most there can be.
 SEQUENTIAL = (
@@ -136,7 +136,7 @@ def draw(heat: HeatMap) -> str:
     note = f'<p class="note">{html.escape(heat.note)}</p>' if heat.note else ""
     title = f"<figcaption>{html.escape(heat.title)}</figcaption>" if heat.title else ""
     return (
-        f'<figure class="chart heat">{title}<svg viewBox="0 0 {heat.width:g} {height + 22:g}" role="img" '
+        f'<figure class="{frame(heat.width)} heat">{title}<svg viewBox="0 0 {heat.width:g} {height + 22:g}" role="img" '
         f'aria-label="{html.escape(heat.title)}">{"".join(parts)}</svg>{note}</figure>'
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.config import ConfigError, from_dict
 from launcher.record import measured
-from launcher.report.charts import nice_ticks
+from launcher.report.charts import frame, nice_ticks
 from launcher.show.schedule_picture import spans, ways
 from launcher.show.timeline import FILLS, KIND_NAMES, Span, Ways, span_parts
 from parallel.pipeline.actions import Schedule
@@ -108,7 +108,8 @@ def draw(found: Recorded) -> str:
         f"the first data rank did; a box that waited for its message is longer.{some}"
     )
     return (
-        f'<figure class="chart"><svg viewBox="0 0 {WIDTH:g} {height + BOTTOM:.1f}" role="img" aria-label="schedule">'
+        f'<figure class="{frame(WIDTH)}"><svg viewBox="0 0 {WIDTH:g} {height + BOTTOM:.1f}" role="img" '
+        f'aria-label="schedule">'
         f'{"".join(parts)}{"".join(texts)}</svg><div class="legend">{legend}</div><p class="note">{note}</p></figure>'
     )
 
