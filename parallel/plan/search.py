@@ -152,19 +152,29 @@ def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[C
     """The job with the least recomputation that fits."""
     schedule = short_schedule(job)
     stages = job.stages(schedule)
-    least = 0.0
-    for level in RECOMPUTE:
+    limit = job.hardware.memory_bytes
+    least = _states_bytes(job, schedule, stages)
+    for level in RECOMPUTE if least <= limit else ():
         other = job.with_parallel(recompute=level)
         memory = memory_of(
             other.shape(), other.parallel, schedule, stages,
             precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
         )  # fmt: skip
         least = max(rank.total for rank in memory)
-        if least <= job.hardware.memory_bytes:
+        if least <= limit:
             yield Candidate(other, least, weigh(other, schedule, stages))
             return
-    limit = job.hardware.memory_bytes / 2**30
-    rejections.add("memory", f"{what}: {least / 2**30:.0f} GiB with everything recomputed, {limit:.0f} there")
+    rejections.add(
+        "memory", f"{what}: {least / 2**30:.0f} GiB or more with everything recomputed, {limit / 2**30:.0f} there"
+    )
+
+
+def _states_bytes(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
+    """Weights, gradients, masters and moments of the fullest rank, which whatever it computes comes on top of."""
+    element = 4 if job.precision == "fp32" else 2
+    shard = 4 + 2 * job.moments_bytes
+    held = holdings(job.model, job.parallel, schedule, stages)
+    return max(sum(h.parameters * (element + 4 + shard / h.group) for h in rank) for rank in held)
 
 
 def short_schedule(job: Job) -> Schedule:
