@@ -17,35 +17,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.rowwise.kernels import TORCH, Rowwise
 from model.threads import spread
 
 HEADS = 8  # in one batched product
-BLOCK, BF16_BLOCK = 128, 256  # queries at a time: scores in cache, but BF16 products want to be large
+BLOCK, BF16_BLOCK = 64, 256  # queries at a time: little above the diagonal, but BF16 products want to be large
 
 
-class _Probabilities:
-    """Rows of softmax(scale q k^T) in scratch memory that every block uses again; FP32 for BF16 operands."""
+class _Blocks:
+    """Rows of softmax(scale q k^T), block by block of queries; scores in memory that every block uses again.
 
-    def __init__(self, q_BHSX: Tensor, scale: float) -> None:
+    Scores are FP32 for BF16 operands, FP64 for FP64 ones.
+    """
+
+    def __init__(self, q_BHSX: Tensor, scale: float, rowwise: Rowwise) -> None:
         _, heads, length, _ = q_BHSX.shape
         low = q_BHSX.dtype == torch.bfloat16
-        self.scale, self.block = scale, min(BF16_BLOCK if low else BLOCK, length)
-        empty = q_BHSX.new_empty(0, dtype=torch.float32 if low else None)
-        self.buffers = empty.new_empty(2, min(HEADS, heads) * self.block * length)
-        self.above = empty.new_full((self.block, self.block), float("-inf")).triu_(1)
+        self.scale, self.dtype, self.rowwise = scale, q_BHSX.dtype, rowwise
+        self.block = min(BF16_BLOCK if low else BLOCK, length)
+        self.wide = torch.float32 if low else q_BHSX.dtype
+        size = min(HEADS, heads) * self.block * length
+        self.scores = q_BHSX.new_empty(size, dtype=self.wide)
 
     def rows(self, length: int) -> Iterator[slice]:
         """The blocks of queries of a sequence."""
         return (slice(start, min(start + self.block, length)) for start in range(0, length, self.block))
 
-    def of(self, q_HSX: Tensor, k_HSX: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Queries `rows` with the keys up to the last of them: p [H, rows, rows.stop], and free scratch alike."""
+    def probabilities(self, q_HSX: Tensor, k_HSX: Tensor, rows: slice) -> Tensor:
+        """Queries `rows` with the keys up to the last of them: p [H, rows, rows.stop] in the operands' dtype."""
         heads, num = len(q_HSX), rows.stop - rows.start
-        scores, p = (buffer[: heads * num * rows.stop].view(heads, num, rows.stop) for buffer in self.buffers)
+        scores = self.scores[: heads * num * rows.stop].view(heads, num, rows.stop)
         keys_HXS = k_HSX[:, : rows.stop].transpose(1, 2)
         torch.baddbmm(scores, q_HSX[:, rows], keys_HXS, beta=0, alpha=self.scale, out=scores)
-        scores[..., rows.start :] += self.above[:num, :num]
-        return torch.softmax(scores, dim=-1, out=p), scores
+        return self.rowwise.causal_softmax(scores, rows.start, self.dtype)
 
 
 Documents = Sequence[Sequence[slice]]  # the positions of every document, one after another, of each sequence
@@ -70,62 +74,60 @@ def _parts(x_BHSX: Tensor, documents: Documents | None) -> Iterator[Part]:
                 yield sequence, slice(head, head + HEADS), positions
 
 
-def _forward(q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None) -> Tensor:
+def _forward(
+    q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None, rowwise: Rowwise
+) -> Tensor:
     B, H, S, V = v_BHSV.shape
     out_BHSV = v_BHSV.new_empty(B, S, H, V).transpose(1, 2)  # the order in which the output projection reads it
 
     def blocks(parts: Iterator[Part]) -> None:
-        probabilities = _Probabilities(q_BHSX, scale)
+        scratch = _Blocks(q_BHSX, scale, rowwise)
         for part in parts:
             q, k, v, out = q_BHSX[part], k_BHSX[part], v_BHSV[part], out_BHSV[part]
-            for rows in probabilities.rows(q.shape[1]):
-                p, _ = probabilities.of(q, k, rows)
-                out[:, rows] = torch.bmm(p, v[:, : rows.stop])
+            for rows in scratch.rows(q.shape[1]):
+                torch.bmm(scratch.probabilities(q, k, rows), v[:, : rows.stop], out=out[:, rows])
 
     spread(blocks, _parts(q_BHSX, documents))
     return out_BHSV
 
 
 def _backward(
-    grad_BHSV: Tensor, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None
+    grad_BHSV: Tensor,
+    q_BHSX: Tensor,
+    k_BHSX: Tensor,
+    v_BHSV: Tensor,
+    scale: float,
+    documents: Documents | None,
+    rowwise: Rowwise,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of k and v are summed over the blocks in FP32."""
     dtype = q_BHSX.dtype
     grads = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q_BHSX, k_BHSX, v_BHSV))
 
     def blocks(parts: Iterator[Part]) -> None:
-        probabilities = _Probabilities(q_BHSX, scale)
+        scratch = _Blocks(q_BHSX, scale, rowwise)
         for part in parts:
             inputs = (x[part].contiguous() for x in (q_BHSX, k_BHSX, v_BHSV, grad_BHSV))
-            _backward_of_part(probabilities, *inputs, *(x[part] for x in grads))
+            _backward_of_part(scratch, *inputs, *(x[part] for x in grads))
 
     spread(blocks, _parts(q_BHSX, documents))
     return grads  # type: ignore[return-value]
 
 
 def _backward_of_part(
-    probabilities: _Probabilities,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
+    scratch: _Blocks, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> None:
     """Writes the gradients of q, k [heads, S, X] and v [heads, S, V]."""
-    wide, dtype, scale = probabilities.buffers.dtype, q.dtype, probabilities.scale
+    wide, scale = scratch.wide, scratch.scale
     wide_q, wide_k = q.to(wide), k.to(wide)
     sum_k, sum_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-    for rows in probabilities.rows(q.shape[1]):
+    for rows in scratch.rows(q.shape[1]):
         seen = slice(0, rows.stop)
-        p, grad_p = probabilities.of(wide_q, wide_k, rows)
-        if dtype != wide:  # rounded for the products, as flash attention does
-            p, grad_p = p.to(dtype), grad_p.view(dtype).flatten()[: p.numel()].view(p.shape)
+        p = scratch.probabilities(wide_q, wide_k, rows)  # rounded for the products, as flash attention does
         _add_bmm(sum_v[:, seen], p.transpose(1, 2), grad[:, rows])
-        torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2), out=grad_p)
-        grad_scores = torch.ops.aten._softmax_backward_data.out(grad_p, p, -1, dtype, grad_input=grad_p)
-        torch.mul(torch.bmm(grad_scores, k[:, seen]), scale, out=grad_q[:, rows])
+        grad_p = torch.bmm(grad[:, rows], v[:, seen].transpose(1, 2))
+        grad_scores = scratch.rowwise.causal_softmax_backward(p, grad_p, rows.start)
+        torch.baddbmm(grad_q[:, rows], grad_scores, k[:, seen], beta=0, alpha=scale, out=grad_q[:, rows])
         _add_bmm(sum_k[:, seen], grad_scores.transpose(1, 2), q[:, rows])
     torch.mul(sum_k, scale, out=grad_k)
     grad_v.copy_(sum_v)
@@ -159,12 +161,18 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None
+        ctx: Any,
+        q_BHSX: Tensor,
+        k_BHSX: Tensor,
+        v_BHSV: Tensor,
+        scale: float,
+        documents: Documents | None,
+        rowwise: Rowwise,
     ) -> Tensor:
         ctx.save_for_backward(q_BHSX, k_BHSX, v_BHSV)
-        ctx.scale, ctx.documents = scale, documents
+        ctx.options = scale, documents, rowwise
         if q_BHSX.dtype != torch.bfloat16:
-            return _forward(q_BHSX, k_BHSX, v_BHSV, scale, documents)
+            return _forward(q_BHSX, k_BHSX, v_BHSV, scale, documents, rowwise)
         # Here the flash kernel, which multiplies BF16 into FP32 scores, is the faster one; it wants one head size.
         width = max(q_BHSX.shape[3], v_BHSV.shape[3])
         q, k, v = (F.pad(x, (0, width - x.shape[3])) for x in (q_BHSX, k_BHSX, v_BHSV))
@@ -172,9 +180,9 @@ class _CausalAttention(torch.autograd.Function):
         return out_BHSX[..., : v_BHSV.shape[3]]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
-        return *_backward(grads[0], q, k, v, ctx.scale, ctx.documents), None, None
+        return *_backward(grads[0], q, k, v, *ctx.options), None, None, None
 
 
 def _torch_attention(
@@ -189,7 +197,12 @@ def _torch_attention(
 
 
 def causal_attention(
-    q_BHSX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, scale: float, documents: Documents | None = None
+    q_BHSX: Tensor,
+    k_BHSX: Tensor,
+    v_BHSV: Tensor,
+    scale: float,
+    documents: Documents | None = None,
+    rowwise: Rowwise = TORCH,
 ) -> Tensor:
     """softmax(scale q k^T) v, each position seeing itself and those before it: [B, H, S, V].
 
@@ -202,4 +215,4 @@ def causal_attention(
         assert lengths == [S] * B, f"documents of {lengths} positions for {B} sequences of {S}"
     if q_BHSX.is_cuda or not torch.backends.cuda.flash_sdp_enabled():
         return _torch_attention(q_BHSX, k_BHSX, v_BHSV, scale, documents)
-    return _CausalAttention.apply(q_BHSX, k_BHSX, v_BHSV, scale, documents)  # type: ignore[return-value]
+    return _CausalAttention.apply(q_BHSX, k_BHSX, v_BHSV, scale, documents, rowwise)  # type: ignore[return-value]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.threads import spread
-from model.weight_grad import Weighted, WeightGradSink, add_product
+from model.weight_grad import ProductGrad, Weighted, WeightGradSink, add_product
 
 
 class FP8Call(Protocol):
@@ -44,8 +44,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = (grad_y @ weight.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            grad_TO, x_TI, dtype = grad_y.flatten(0, -2), x.flatten(0, -2), ctx.dtype
-            ctx.sink.put(weight, lambda acc: add_product(acc, grad_TO.t(), x_TI.to(dtype)))
+            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype))
         return grad_x, None, None, None
 
 
@@ -83,8 +82,7 @@ class _GroupedLinear(torch.autograd.Function):
         x_RI, weight_EOI = ctx.saved_tensors
         grad_x = grouped_product(grad_RO, weight_EOI, ctx.counts) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            counts = ctx.counts
-            ctx.sink.put(weight_EOI, lambda acc_EOI: add_grouped_product(acc_EOI, grad_RO, x_RI, counts))
+            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, x_RI, ctx.counts))
         return grad_x, None, None, None
 
 
@@ -130,8 +128,10 @@ def _padded(rows_RD: Tensor, num_rows: int) -> Tensor:
     return F.pad(rows_RD, (0, 0, 0, num_rows - len(rows_RD)))
 
 
-def add_grouped_product(acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...]) -> None:
-    """acc[e] += grad^T x over the rows of expert e, accumulators in FP32."""
+def add_grouped_product(
+    acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...], *, overwrite: bool = False
+) -> None:
+    """acc[e] += grad^T x over the rows of expert e, accumulators in FP32; overwrite: in place of what they held."""
     pad = x_RI.dtype == torch.bfloat16 and not x_RI.is_cuda
 
     def products(experts: Iterator[tuple[int, slice]]) -> None:
@@ -139,12 +139,30 @@ def add_grouped_product(acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: 
             grad, x = grad_RO[rows], x_RI[rows]
             if pad:
                 grad, x = _padded(grad, _tiled(len(grad))), _padded(x, _tiled(len(x)))
-            add_product(acc_EOI[expert], grad.t(), x)
+            add_product(acc_EOI[expert], grad.t(), x, overwrite=overwrite)
 
     if x_RI.is_cuda:
         products(iter(_rows_of_experts(counts)))
     else:
         spread(products, _rows_of_experts(counts))
+    if overwrite:
+        for expert in (expert for expert, count in enumerate(counts) if not count):
+            acc_EOI[expert].zero_()
+
+
+class GroupedProductGrad:
+    """What `add_grouped_product` adds, as a contribution to the weights' gradient."""
+
+    def __init__(self, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...]) -> None:
+        self._grad_RO, self._x_RI, self._counts = grad_RO, x_RI, counts
+
+    def __call__(self, acc_EOI: Tensor) -> None:
+        """See `Overwriting`."""
+        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts)
+
+    def write(self, acc_EOI: Tensor) -> None:
+        """See `Overwriting`."""
+        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts, overwrite=True)
 
 
 class GroupedLinear(Weighted):

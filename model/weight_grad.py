@@ -7,19 +7,32 @@ Transformer Engine and Megatron use for the same purpose, whatever the weight's 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-AddGrad = Callable[[Tensor], None]
+AddGrad = Callable[[Tensor], object]
+
+
+@runtime_checkable
+class Overwriting(Protocol):
+    """A contribution that can also take the place of what the accumulator held, at less than zeroing and adding."""
+
+    def __call__(self, acc: Tensor) -> None:
+        """acc += the gradient."""
+        ...
+
+    def write(self, acc: Tensor) -> None:
+        """acc = the gradient, every element of it."""
+        ...
 
 
 class WeightGradSink(Protocol):
     """Takes one micro-batch's contribution to one weight's gradient."""
 
     def put(self, weight: Tensor, add: AddGrad) -> None:
-        """Arrange that `add(acc)` is called once, with acc the FP32 accumulator of `weight` (same shape)."""
+        """Arrange that `accumulate(weight, add)` is called once."""
         ...
 
 
@@ -32,13 +45,35 @@ def main_grad(weight: Tensor) -> Tensor:
     return acc
 
 
+def forget(weight: Tensor) -> None:
+    """Let the next contribution take the place of what the accumulator holds: zeroing without touching memory."""
+    weight.main_grad_stale = True  # type: ignore[attr-defined]
+
+
+def settle(weight: Tensor) -> None:
+    """Zero the accumulator if it was forgotten and nothing came since; before anyone reads it."""
+    if getattr(weight, "main_grad_stale", False):
+        main_grad(weight).zero_()
+        weight.main_grad_stale = False  # type: ignore[attr-defined]
+
+
+def accumulate(weight: Tensor, add: AddGrad) -> None:
+    """Give a contribution the accumulator of its weight: to add to, or, the first after `forget`, to write."""
+    if getattr(weight, "main_grad_stale", False) and isinstance(add, Overwriting):
+        add.write(main_grad(weight))
+        weight.main_grad_stale = False  # type: ignore[attr-defined]
+        return
+    settle(weight)
+    add(main_grad(weight))
+
+
 class ImmediateSink:
     """Adds every contribution at once: the plain backward."""
 
     def put(self, weight: Tensor, add: AddGrad) -> None:
-        """Run `add` on the accumulator now."""
+        """See `WeightGradSink`."""
         if weight.requires_grad:
-            add(main_grad(weight))
+            accumulate(weight, add)
 
 
 class Weighted(nn.Module):
@@ -56,11 +91,31 @@ def set_sink(module: nn.Module, sink: WeightGradSink) -> None:
             child.sink = sink
 
 
-def add_product(acc: Tensor, left: Tensor, right: Tensor) -> None:
-    """acc += left @ right with acc in FP32; operands FP32 or BF16 (whose product is rounded to BF16 on a CPU)."""
+def add_product(acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
+    """acc += left @ right, or acc = left @ right, with acc in FP32.
+
+    Operands FP32 or BF16, whose product is rounded to BF16 on a CPU.
+    """
     if left.dtype == torch.float32:
-        acc.addmm_(left, right)
+        acc.addmm_(left, right, beta=0 if overwrite else 1)
     elif acc.is_cuda:
-        torch.addmm(acc, left, right, out_dtype=torch.float32, out=acc)
+        torch.addmm(acc, left, right, beta=0 if overwrite else 1, out_dtype=torch.float32, out=acc)
+    elif overwrite:
+        acc.copy_(left @ right)
     else:
         acc.add_(left @ right)
+
+
+class ProductGrad:
+    """left @ right as a contribution; right is converted to `dtype` when it is computed, no sooner."""
+
+    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._left, self._right, self._dtype = left, right, dtype or right.dtype
+
+    def __call__(self, acc: Tensor) -> None:
+        """See `Overwriting`."""
+        add_product(acc, self._left, self._right.to(self._dtype))
+
+    def write(self, acc: Tensor) -> None:
+        """See `Overwriting`."""
+        add_product(acc, self._left, self._right.to(self._dtype), overwrite=True)

@@ -67,6 +67,7 @@ class _Engine:
 
     def reduce(self) -> None:
         """Sum the bucket's gradients over its group; the partition's sum becomes bucket.grad."""
+        self.bucket.settle_gradients()
         grads = self.bucket.grads.view_as(self.flat)
         setattr(self.flat, "grad_accum" if self.theirs.use_grad_accum_attribute else "grad", grads)
         self.theirs.reduce_gradients(pipeline_parallel=True)

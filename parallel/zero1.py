@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model.weight_grad import forget, settle
+
 ALIGN_ELEMENTS = 64  # every shard starts at a multiple of 256 bytes of FP32
 
 
@@ -108,6 +110,16 @@ class Bucket:
             parameter.weight.data = weights[start:stop].view(parameter.weight.shape)
             start = stop
 
+    def forget_gradients(self) -> None:
+        """The next contribution to each gradient takes the place of what is there."""
+        for parameter in self.parameters:
+            forget(parameter.weight)
+
+    def settle_gradients(self) -> None:
+        """Make `grads` the sum of what came since they were forgotten, also where nothing did."""
+        for parameter in self.parameters:
+            settle(parameter.weight)
+
     def pieces(self) -> Iterator[Piece]:
         """What the shard holds, in order; padding left out."""
         start = 0
@@ -149,6 +161,8 @@ class Zero1:
 
     def reduce_gradients(self) -> None:
         """Sum each bucket's gradients over its group into the owners' shards."""
+        for bucket in self.buckets:
+            bucket.settle_gradients()
         works = [
             dist.reduce_scatter_single(bucket.grad, bucket.grads, group=bucket.group, async_op=True)
             for bucket in self.buckets
@@ -185,4 +199,4 @@ class Zero1:
     def zero_gradients(self) -> None:
         """Forget the gradients of the step."""
         for bucket in self.buckets:
-            bucket.grads.zero_()
+            bucket.forget_gradients()

@@ -3,6 +3,7 @@
 from torch import nn
 
 from model.experts import Experts
+from model.mla import MultiHeadLatentAttention
 from model.mlp import MLP
 from model.norm import RMSNorm
 from model.rowwise.kernels import Rowwise
@@ -10,7 +11,7 @@ from model.transformer import Transformer
 
 
 def apply_rowwise(model: nn.Module, kernels: Rowwise) -> None:
-    """Let every norm, SwiGLU and cross entropy of `model` (a stage, or all of it) use `kernels` from now on."""
+    """Let every norm, softmax, SwiGLU and cross entropy of `model` (a stage, or all of it) use `kernels`."""
     for module in model.modules():
-        if isinstance(module, RMSNorm | MLP | Experts | Transformer):
+        if isinstance(module, RMSNorm | MLP | Experts | MultiHeadLatentAttention | Transformer):
             module.rowwise = kernels

@@ -57,6 +57,17 @@ class Rowwise(Protocol):
         """grad [R, F] of what `swiglu` gave."""
         ...
 
+    def causal_softmax(self, scores: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+        """Softmax over the first `first` + i + 1 scores of row i, 0 after them: [heads, rows, size] in `dtype`.
+
+        scores: FP32 [heads, rows, size], size at least first + rows; overwritten.
+        """
+        ...
+
+    def causal_softmax_backward(self, p: Tensor, grad: Tensor, first: int) -> Tensor:
+        """Gradient of the scores from that of p, [heads, rows, size] both; may be grad's own memory."""
+        ...
+
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """FP32 loss [N] in nats of labels [N], 0 where negative; logits [N, V] become softmax minus one-hot, or 0."""
         ...
@@ -112,6 +123,16 @@ class TorchRowwise:
             torch.mul(grad_out, activated, out=grad_up)
             grad_gate.copy_(torch.ops.aten.silu_backward(activated.copy_(grad_out).mul_(up), gate))
         return SwiGLUGradient(grad_gate_up, grad_weights)
+
+    def causal_softmax(self, scores: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+        """See `Rowwise`."""
+        num = scores.shape[1]
+        scores[..., first:] += scores.new_full((num, scores.shape[2] - first), float("-inf")).triu_(1)
+        return torch.softmax(scores, dim=-1).to(dtype)
+
+    def causal_softmax_backward(self, p: Tensor, grad: Tensor, first: int) -> Tensor:
+        """See `Rowwise`."""
+        return torch.ops.aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `Rowwise`; in FP32 temporaries of the size of the logits: the caller cuts."""

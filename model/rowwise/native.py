@@ -15,6 +15,7 @@ from model.rowwise.kernels import Normed, NormGradient, SwiGLUGradient
 from model.threads import spread
 
 SOURCE = Path(__file__).parent / "csrc" / "rowwise.cpp"
+HEADERS = (SOURCE.parent / "lanes.h",)
 INSTEAD = "train.rowwise=torch"
 PIECE_ELEMENTS = 1 << 19  # some 100 microseconds of work
 
@@ -23,7 +24,7 @@ class NativeRowwise:
     """`Rowwise` on dense CPU tensors in FP32 or BF16."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(build("rowwise", SOURCE, instead=INSTEAD)))
+        self._library = ctypes.CDLL(str(build("rowwise", SOURCE, headers=HEADERS, instead=INSTEAD)))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Normed:
         """See `Rowwise`."""
@@ -82,13 +83,12 @@ class NativeRowwise:
         grad_gate_up, grad_weights = torch.empty_like(gate_up), None if factors is None else torch.empty_like(factors)
 
         def backward(pieces: Iterator[slice]) -> None:
-            scratch = torch.empty(grad.shape[1])
             for rows in pieces:
                 part = grad[rows]
                 self._library.rowwise_swiglu_backward(
                     *(_bf16(grad), address(gate_up[rows]), address(None if factors is None else factors[rows])),
                     *(address(part), *_sizes(part), address(grad_gate_up[rows])),
-                    *(address(None if grad_weights is None else grad_weights[rows]), address(scratch)),
+                    address(None if grad_weights is None else grad_weights[rows]),
                 )
 
         spread(backward, _pieces(gate_up))
@@ -96,12 +96,29 @@ class NativeRowwise:
             grad_weights = grad_weights.to(weights.dtype)
         return SwiGLUGradient(grad_gate_up, grad_weights)
 
+    def causal_softmax(self, scores: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+        """See `Rowwise`; on the calling thread: attention gives whole batches of heads to each."""
+        _check_scores(scores, first)
+        p = None if dtype == torch.float32 else torch.empty_like(scores, dtype=torch.bfloat16)
+        self._library.rowwise_causal_softmax(address(scores), *map(ctypes.c_long, (*scores.shape, first)), address(p))
+        return scores if p is None else p
+
+    def causal_softmax_backward(self, p: Tensor, grad: Tensor, first: int) -> Tensor:
+        """See `Rowwise`; on the calling thread, over grad."""
+        _check_scores(p, first)
+        if p.dtype != grad.dtype or p.shape != grad.shape or not grad.is_contiguous():
+            raise ValueError(f"gradient of {tuple(grad.shape)} {grad.dtype} for softmax of {tuple(p.shape)} {p.dtype}")
+        self._library.rowwise_causal_softmax_backward(
+            _bf16(p), address(p), *map(ctypes.c_long, (*p.shape, first)), address(grad)
+        )
+        return grad
+
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """See `Rowwise`; ValueError for a label beyond the vocabulary, which would be read from elsewhere."""
-        if not logits.is_contiguous():
-            raise ValueError(f"logits of strides {logits.stride()}: they are overwritten, so they must be dense")
-        _dense(logits)
+        _check(logits)
         num_rows, vocab = logits.shape
+        if num_rows and vocab > 1 and logits.stride(1) != 1:
+            raise ValueError(f"logits of strides {logits.stride()}: they are overwritten, so each row must be dense")
         if num_rows and int(labels.max()) >= vocab:
             raise ValueError(f"label {int(labels.max())} is beyond the vocabulary of {vocab}")
         labels, loss = labels.to(torch.int64).contiguous(), torch.empty(num_rows)
@@ -111,19 +128,32 @@ class NativeRowwise:
             for rows in pieces:
                 part = logits[rows]
                 self._library.rowwise_cross_entropy(
-                    *(_bf16(part), address(part), address(labels[rows]), *_sizes(part)),
-                    *(address(loss[rows]), address(scratch)),
+                    *(_bf16(part), address(part), ctypes.c_long(part.stride(0)), address(labels[rows])),
+                    *(*_sizes(part), address(loss[rows]), address(scratch)),
                 )
 
         spread(entropy, _pieces(logits))
         return loss
 
 
+def _check_scores(scores: Tensor, first: int) -> None:
+    """Dense [heads, rows, size] on the CPU whose last row has a last key."""
+    _check(scores)
+    if scores.dim() != 3 or not scores.is_contiguous() or scores.shape[2] < first + scores.shape[1]:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} from query {first} on: dense [heads, rows, keys], keys to the last row"
+        )
+
+
 def _dense(x: Tensor, *, like: Tensor | None = None) -> Tensor:
     """x as the kernels read it: contiguous, on the CPU, FP32 or BF16, and of one dtype with `like`."""
+    _check(x)
+    return (x if like is None else x.to(like.dtype)).contiguous()
+
+
+def _check(x: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compiled row-wise kernels take FP32 or BF16 on a CPU, not {x.dtype} on {x.device}")
-    return (x if like is None else x.to(like.dtype)).contiguous()
 
 
 def _bf16(x: Tensor) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from model.weight_grad import AddGrad, main_grad
+from model.weight_grad import AddGrad, accumulate
 
 Contributions = list[tuple[Tensor, AddGrad]]
 
@@ -29,7 +29,7 @@ class DeferredSink:
         if not weight.requires_grad:
             return
         if self._open is None:
-            add(main_grad(weight))
+            accumulate(weight, add)
         else:
             self._open.append((weight, add))
 
@@ -50,4 +50,4 @@ class DeferredSink:
         contributions.reverse()
         while contributions:
             weight, add = contributions.pop()
-            add(main_grad(weight))
+            accumulate(weight, add)

@@ -6,6 +6,7 @@ Each case runs the same training with our ZeRO-1 and with DeepSpeed's.
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from launcher.build import ZERO1
 from launcher.config import RunConfig
+from model.weight_grad import accumulate
 from optim.adamw import AdamW
 from optim.config import OptimConfig
 from parallel.zero1 import LocalParameter
@@ -111,7 +113,7 @@ def three_ranks(kind: str, dtype: torch.dtype, offload: bool) -> list[list[torch
     for step in range(4):
         noise = torch.Generator().manual_seed(step * 10 + rank)
         for p in parameters:
-            p.weight.main_grad.add_(torch.randn(p.shape, generator=noise))  # type: ignore[attr-defined]
+            accumulate(p.weight, partial(torch.Tensor.add_, other=torch.randn(p.shape, generator=noise)))
         zero1.reduce_gradients()
         found.append([bucket.grad.clone() for bucket in buckets])
         if step != 2:

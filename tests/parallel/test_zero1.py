@@ -1,6 +1,7 @@
 """Shards: every element on one rank, sums and gathered weights equal to the plain ones, on gloo processes."""
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.weight_grad import accumulate
 from parallel.zero1 import ALIGN_ELEMENTS, LocalParameter, Zero1
 from tests.distributed import run_distributed
 
@@ -53,7 +55,7 @@ def steps(group: Any, dtype: torch.dtype, bucket_bytes: int) -> dict[str, Any]:
     result: dict[str, Any] = {"weights": [], "grads": [], "masters": [], "pieces": [], "buckets": []}
     for step in range(STEPS):
         for name, weight in weights.items():
-            weight.main_grad += gradient(name, rank, step)  # type: ignore[attr-defined]
+            accumulate(weight, partial(torch.Tensor.add_, other=gradient(name, rank, step)))
         zero.reduce_gradients()
         found = {}
         for bucket in zero.buckets:
@@ -62,7 +64,9 @@ def steps(group: Any, dtype: torch.dtype, bucket_bytes: int) -> dict[str, Any]:
             bucket.master.sub_(bucket.grad, alpha=2**-10)
         zero.publish_weights()
         zero.zero_gradients()
-        assert not any(weight.main_grad.any() for weight in weights.values())  # type: ignore[attr-defined]
+        for bucket in zero.buckets:
+            if step < STEPS - 1:
+                bucket.grads.copy_(torch.where(bucket.grads != 0, float("nan"), 0.0))  # forgotten: nobody may read it
         result["grads"].append(found)
         result["weights"].append({name: weight.detach().clone() for name, weight in weights.items()})
     for bucket in zero.buckets:

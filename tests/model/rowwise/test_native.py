@@ -81,9 +81,9 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, weighted: bool) -> N
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, dtype=dtypes, scale=st.sampled_from([0.1, 3.0, 1e4]))
-def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
-    logits = randn(*shape, seed=0, dtype=dtype) * scale
+@given(shape=shapes, dtype=dtypes, scale=st.sampled_from([0.1, 3.0, 1e4]), gap=st.sampled_from([0, 16]))
+def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype, scale: float, gap: int) -> None:
+    logits = (randn(shape[0], shape[1] + gap, seed=0, dtype=dtype) * scale)[:, : shape[1]]
     labels = torch.randint(-1, shape[1], shape[:1], generator=torch.Generator().manual_seed(1))
     wide = logits.double().requires_grad_()
     exact = F.cross_entropy(wide, labels, reduction="none", ignore_index=-1)
@@ -93,6 +93,30 @@ def test_cross_entropy(shape: tuple[int, int], dtype: torch.dtype, scale: float)
     assert loss.dtype == torch.float32 and not loss[labels < 0].any()
     close(loss, exact, 3e-6, scale=max(1.0, scale))
     close(logits, wide.grad, RTOL[dtype], scale=0.1 if dtype == torch.float32 else 1e-3)
+
+
+def causal_softmax_formula(scores: Tensor, first: int) -> Tensor:
+    beyond = torch.ones(scores.shape[1:], dtype=torch.bool).triu(first + 1)
+    return scores.masked_fill(beyond, float("-inf")).softmax(-1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 3), rows=st.integers(1, 70), first=st.integers(0, 90), beyond=st.sampled_from([0, 0, 5]),
+    dtype=dtypes, scale=st.sampled_from([0.1, 3.0, 1e4]),
+)  # fmt: skip
+def test_causal_softmax(heads: int, rows: int, first: int, beyond: int, dtype: torch.dtype, scale: float) -> None:
+    size = first + rows + beyond
+    scores, grad = randn(heads, rows, size, seed=0) * scale, randn(heads, rows, size, seed=1, dtype=dtype)
+    exact = causal_softmax_formula(scores.double(), first)
+    for kernels in (NATIVE, TORCH):
+        p = kernels.causal_softmax(scores.clone(), first, dtype)
+        assert p.dtype == dtype
+        close(p, exact, RTOL[dtype] * 2, scale=1e-3)
+        assert not p.masked_select(torch.ones(rows, size, dtype=torch.bool).triu(first + 1)).any()
+        wide = p.double()
+        exact_grad = wide * (grad.double() - (wide * grad.double()).sum(-1, keepdim=True))
+        close(kernels.causal_softmax_backward(p, grad.clone(), first), exact_grad, RTOL[dtype] * 2, scale=1e-1)
 
 
 @pytest.mark.parametrize("dtype", RTOL)
@@ -127,6 +151,7 @@ def test_not_finite_stays_not_finite() -> None:
         assert not NATIVE.rms_norm(x, torch.ones(32), EPS).y.isfinite().any()
         assert not NATIVE.swiglu(x, None).isfinite().any()
         assert not NATIVE.cross_entropy(x, torch.zeros(1, dtype=torch.int64)).isfinite().any()
+        assert not NATIVE.causal_softmax(torch.full((1, 1, 32), value), 31, torch.float32).isfinite().any()
 
 
 def test_what_it_cannot_do_is_refused() -> None:
@@ -134,8 +159,12 @@ def test_what_it_cannot_do_is_refused() -> None:
         NATIVE.swiglu(torch.zeros(2, 4, dtype=torch.float64), None)
     with pytest.raises(ValueError, match="label 4 is beyond the vocabulary of 4"):
         NATIVE.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="must be dense"):
+    with pytest.raises(ValueError, match="row must be dense"):
         NATIVE.cross_entropy(torch.zeros(4, 2).t(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="from query 3 on"):
+        NATIVE.causal_softmax(torch.zeros(2, 4, 6), 3, torch.float32)
+    with pytest.raises(ValueError, match="for softmax of"):
+        NATIVE.causal_softmax_backward(torch.zeros(2, 4, 6), torch.zeros(2, 4, 5), 2)
 
 
 MUTATIONS = {
