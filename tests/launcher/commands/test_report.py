@@ -112,7 +112,7 @@ def test_every_part_is_there_and_nothing_is_fetched(run: Path, capsys: pytest.Ca
         "layers.1.mlp.experts.down_proj", "initializer_range",
     ):  # fmt: skip
         assert said in page.text, said
-    assert text.count('class="chart wide') == 5  # losses, time split, load by layer, schedule, FP8: scrolled where narrow
+    assert text.count('class="chart wide') == 5  # losses, time, load by layer, schedule, FP8
     assert "<loss>" not in text  # what a run says is text, never a tag
     assert page.tags.count("figure") == text.count("</figure>") >= 17
 
