@@ -60,14 +60,16 @@ stop_if_missing
 # --- torch, and what the others are built with ---
 [ -x "$PYTHON" ] || run "${PYTHON3:-python3}" -m venv "$VENV"
 pip_install torch==2.13.0 'setuptools>=77' wheel packaging ninja pybind11
-if [ -x "$PYTHON" ] && torch_cuda="$("$PYTHON" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)"; then
+if torch_cuda="$("$PYTHON" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)"; then
     if [ -z "$torch_cuda" ]; then
         missing "torch in $VENV is a CPU build: remove $VENV, or set TORCH_INDEX to torch's builds for CUDA"
     elif [ "$torch_cuda" != "$nvcc_version" ]; then
         missing "torch is built for CUDA $torch_cuda, nvcc is of $nvcc_version: load CUDA $torch_cuda, or set TORCH_INDEX"
     fi
-    stop_if_missing
+elif [ -z "$DRY_RUN" ]; then
+    missing "torch in $VENV does not import: \`$PYTHON -c 'import torch'\` says why"
 fi
+stop_if_missing
 
 # --- the registry's packages ---
 # the headers of cuDNN and NCCL are in the wheels that torch brought; a CUDA toolkit has neither

@@ -105,6 +105,13 @@ def test_a_torch_of_another_cuda_stops_it_before_anything_is_compiled(machine: M
     assert len(machine.calls()) == 1 and "torch==2.13.0" in machine.calls()[0]
 
 
+def test_a_torch_that_does_not_import(machine: Machine) -> None:
+    (machine.folder / ".venv" / "cuda").unlink()
+    done = machine.install()
+    assert done.returncode == 2 and "torch in .venv does not import" in done.stderr and len(machine.calls()) == 1
+    assert machine.install("--dry-run").returncode == 0  # not there yet
+
+
 def test_a_pip_that_fails_ends_it(machine: Machine) -> None:
     (machine.folder / ".venv" / "broken").write_text(".[cluster]\n")
     assert machine.install().returncode != 0 and len(machine.calls()) == 2
