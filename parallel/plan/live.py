@@ -16,7 +16,7 @@ from parallel.pipeline.phases import Phase, Program, backward_program, forward_p
 
 KINDS = ("kept", "put_off", "computing", "travelling")
 PARTS = ("attend", "shared", "experts")
-HEADS, BLOCK, BF16_BLOCK = 8, 128, 256  # of model.attention's products on a CPU
+HEADS, BLOCK, BF16_BLOCK = 8, 64, 256  # of model.attention's products on a CPU
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,8 @@ class Stage:
 
     def _logits(self, front: Front) -> float:
         whole = 4 * self.s.tokens * self.s.model.vocab_size
-        chunks = 1 if self.s.element == 4 else 2  # probabilities; the logits too where they must be widened first
+        # probabilities; the logits too where they must be widened first or, on a CPU, brought together from their rows
+        chunks = 1 if self.s.element == 4 and not self.s.on_cpu else 2
         return chunks * min(whole, self.s.logits_bytes) if front.heads else 0.0
 
     def _projected(self) -> float:
@@ -227,12 +228,12 @@ class Stage:
         if not s.on_cpu or (s.element == 2 and not backward):
             return 0.0
         heads, block = min(HEADS, s.model.num_attention_heads), min(BF16_BLOCK if s.element == 2 else BLOCK, s.length)
-        scores = 4.0 * (2 * heads * block * s.length + block * block)
+        scores = 4.0 * heads * block * s.length
         if not backward:
-            return scores
+            return 2 * scores
         c, width = s.model, heads * s.length
         operands = width * (2 * c.qk_head_dim + 2 * c.v_head_dim) * s.element
-        return scores + operands + width * (c.qk_head_dim + c.v_head_dim) * 4
+        return 3 * scores + operands + width * (c.qk_head_dim + c.v_head_dim) * 4
 
     # phases
 
