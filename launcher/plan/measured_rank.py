@@ -167,10 +167,14 @@ def _row(check: str, seconds: Sequence[float], predicted: float, bar: float) -> 
 
 
 def model_row(run: Run, *, repetitions: int) -> Row:
-    """Predicts and measures a run's training step, a part of each in turns."""
+    """Predicts and measures a run's training step, a part of each in turns.
+
+    What a step computes outside of its chunks' phases (messages, data, reductions, update) is not timed piece by piece:
+    it is the processor time of the step less that of the phases, shared evenly by the cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     train_step(run)  # allocates what stays
-    steps, pipelines, rests, chunks = [], [], [], ChunkClock(run)
+    steps, pipelines, wholes, chunks = [], [], [], ChunkClock(run)
     gc.collect()
     gc.freeze()
     for _ in range(repetitions):
@@ -180,12 +184,12 @@ def model_row(run: Run, *, repetitions: int) -> Row:
         train_step(run)
         seconds, whole = time.perf_counter() - start, time.process_time() - cpu
         steps.append(_over_ranks(seconds, dist.ReduceOp.MAX))
-        pipelines.append(_over_ranks(pipeline := _pipeline_cpu(run)))
-        rests.append(_over_ranks(whole - pipeline))
+        wholes.append(_over_ranks(whole))
+        pipelines.append(_over_ranks(_pipeline_cpu(run)))
     costs = chunks.costs()
     schedule, overlap = run.executor.schedule, chunks.level
     shared = simulate_shared(schedule, costs, level=overlap, cores=cores, copies=run.config.parallel.data)
-    rest = statistics.median(rests) / min(cores, run.config.parallel.world_size)
+    rest = max(0.0, statistics.median(wholes) - shared.core_seconds) / min(cores, run.config.parallel.world_size)
     name = f"tiny: {schedule.name}, overlap={overlap}, {cores} core{'s' if cores > 1 else ''}"
     row = _row(name, steps, shared.seconds + rest, MODEL_BAR)
     return replace(row, core_seconds=(statistics.median(pipelines), shared.core_seconds))
@@ -228,6 +232,8 @@ class ChunkClock:
         self._own: dict[PhaseKey, list[float]] = {}
         self._beside: dict[PhaseKey, list[float]] = {}
         self._put_off: dict[PhaseKey, list[float]] = {}
+        self._asleep: dict[PhaseKey, list[float]] = {}
+        self._latency: list[float] = []
 
     def measure(self) -> None:
         """A few chunks of every stage, whole and in the parts in which the schedule has them."""
@@ -247,13 +253,14 @@ class ChunkClock:
         """Medians over repetitions, means over the ranks that hold a stage; the same on every rank."""
         mine = [
             {key: statistics.median(values) for key, values in found.items()}
-            for found in (self._own, self._beside, self._put_off)
+            for found in (self._own, self._beside, self._put_off, self._asleep)
         ]
         links = {stage: self._run.executor.stages.num_links(stage) for stage in self._run.model.stages}
         gathered: list[tuple[list[dict[PhaseKey, float]], dict[int, int]]] = [([], {})] * dist.get_world_size()
         dist.all_gather_object(gathered, (mine, links))
-        own, beside, put_off = (_mean([tables[i] for tables, _ in gathered]) for i in range(3))
-        return MeasuredCosts({k: v for _, links in gathered for k, v in links.items()}, own, beside, put_off)
+        tables = [_mean([tables[i] for tables, _ in gathered]) for i in range(len(mine))]
+        latency = _over_ranks(statistics.median(self._latency) if self._latency else 0.0) / dist.get_world_size()
+        return MeasuredCosts({k: v for _, links in gathered for k, v in links.items()}, *tables, latency=latency)
 
     def _chunk(self, stage: int, halves: int) -> None:
         run, stages = self._run, self._run.executor.stages
@@ -268,8 +275,12 @@ class ChunkClock:
         self._program(backward_program(links, halves=halves, weights=True), chunk.run, stage, halves)
 
     def _program(self, program: Sequence[Phase], run: Callable[[Phase], None], stage: int, halves: int) -> None:
-        """Times a program. What other threads use is spread over its transfers, or is the only phase's own."""
-        others = time.process_time() - time.thread_time()
+        """Times a program. What other threads use is spread over its transfers, or is the only phase's own.
+
+        So is what remains of the time that passes, in which nobody of this rank has anything to do: its peer's work and
+        what it takes to be woken.
+        """
+        others, began, mine = time.process_time() - time.thread_time(), time.perf_counter(), time.thread_time()
         waiting: list[PhaseKey] = []  # phases whose weight gradients no `weights` has computed yet
         for phase in program:
             key = PhaseKey(stage, halves, phase.kind, phase.link)
@@ -286,12 +297,17 @@ class ChunkClock:
                 parts = due.count(due[-1])
                 self._put_off.setdefault(due[-1], []).append(seconds / parts)
         beside = max(0.0, time.process_time() - time.thread_time() - others)
+        asleep = max(0.0, time.perf_counter() - began - (time.thread_time() - mine) - beside)
         transfers = [phase for phase in program if phase.is_transfer]
         for phase in transfers:
             key = PhaseKey(stage, halves, phase.kind, phase.link)
             self._beside.setdefault(key, []).append(beside / len(transfers))
-        if not transfers:
-            self._own[PhaseKey(stage, halves, program[0].kind, program[0].link)][-1] += beside
+        if transfers:
+            self._latency.append(asleep / len(transfers))
+        else:
+            first = PhaseKey(stage, halves, program[0].kind, program[0].link)
+            self._own[first][-1] += beside
+            self._asleep.setdefault(first, []).append(asleep)
 
 
 def _numbers(run: Run, stage: int) -> list[int]:

@@ -44,6 +44,10 @@ class CoreCosts(Protocol):
         """Of other threads, for a transfer; nothing else has any."""
         ...
 
+    def asleep(self, placed: Placed, *, halves: int) -> float:
+        """Seconds that a computing phase waits for peers inside itself, where its transfers are no phases."""
+        ...
+
     def put_off(self, placed: Placed, *, halves: int) -> float:
         """Weight gradients that a phase leaves to a later `weights`."""
         ...
@@ -72,6 +76,10 @@ class OfPhases:
     def beside(self, placed: Placed, *, halves: int) -> float:
         """See `CoreCosts`."""
         return self.costs.seconds(placed, halves=halves) if placed.phase.is_transfer else 0.0
+
+    def asleep(self, placed: Placed, *, halves: int) -> float:
+        """See `CoreCosts`."""
+        return 0.0
 
     def put_off(self, placed: Placed, *, halves: int) -> float:
         """See `CoreCosts`."""
@@ -144,6 +152,7 @@ class _Rank:
     level: str
     arrivals: dict[Message, float]
     _thread: _Left | None = None
+    _until: float | None = None  # when the phase's waiting inside itself ends
     _transfers: deque[_Transfer] = field(default_factory=deque)
     _there: dict[Key, float] = field(default_factory=dict)  # when what has ended is there
     _put_off: dict[tuple[int, int], dict[int, float]] = field(default_factory=dict)
@@ -171,6 +180,8 @@ class _Rank:
 
     def wakes(self) -> Iterator[float]:
         """Times at which something that the rank may wait for is there."""
+        if self._until is not None:
+            yield self._until
         yield from self._there.values()
         if self._current is not None:
             needed = self.schedule.inputs(self._current[1].action)
@@ -194,7 +205,11 @@ class _Rank:
             return changed
         if placed.phase.is_transfer and not self._transferred(placed, now):
             return changed
-        self._thread = None
+        if self._until is None and placed.phase.kind != "weights":
+            self._until = now + self.costs.asleep(placed, halves=self._halves.get(_chunk(placed), 1))
+        if self._until is not None and self._until > now:
+            return changed
+        self._thread = self._until = None
         self._finish(work, placed, now)
         self._current = next(self._phases, None)
         return True
@@ -277,6 +292,7 @@ class MeasuredCosts:
     own_seconds: Mapping[PhaseKey, float]
     beside_seconds: Mapping[PhaseKey, float]
     put_off_seconds: Mapping[PhaseKey, float]
+    asleep_seconds: Mapping[PhaseKey, float] = field(default_factory=dict)
     latency: float = 0.0
     message: float = 0.0
 
@@ -291,6 +307,10 @@ class MeasuredCosts:
     def beside(self, placed: Placed, *, halves: int) -> float:
         """See `CoreCosts`."""
         return self.beside_seconds[_key(placed, halves)]
+
+    def asleep(self, placed: Placed, *, halves: int) -> float:
+        """See `CoreCosts`."""
+        return self.asleep_seconds.get(_key(placed, halves), 0.0)
 
     def put_off(self, placed: Placed, *, halves: int) -> float:
         """See `CoreCosts`."""

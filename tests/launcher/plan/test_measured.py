@@ -12,11 +12,16 @@ import torch.distributed as dist
 from launcher.__main__ import main
 from launcher.plan import measured, measured_rank
 from launcher.plan.measured import line
-from launcher.plan.measured_rank import MODEL_BAR, Row, even_pipelines, planned_pipelines
+from launcher.plan.measured_rank import MODEL_BAR, Row, Slept, even_pipelines, planned_pipelines
 from parallel.pipeline.check import check
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate_phases import simulate_phases
 from tests.distributed import run_distributed
+
+
+@pytest.fixture(scope="module")
+def planned() -> list[Slept]:
+    return planned_pipelines()
 
 
 def test_a_row_holds_within_its_bar() -> None:
@@ -27,11 +32,11 @@ def test_a_row_holds_within_its_bar() -> None:
     assert {"check", "predicted", "measured", "relative_error", "bar", "holds", "core_seconds"} <= tree.keys()
 
 
-def test_every_schedule_and_overlap_is_slept_through_and_fits_80_columns() -> None:
+def test_every_schedule_and_overlap_is_slept_through_and_fits_80_columns(planned: list[Slept]) -> None:
     pipelines = even_pipelines()
     assert {one.schedule.name for one in pipelines} == set(SCHEDULES)
     assert {one.overlap for one in pipelines} == {"off", "pairs", "all"}
-    for one in [*pipelines, *planned_pipelines()]:
+    for one in [*pipelines, *planned]:
         check(one.schedule)
         seconds = simulate_phases(one.schedule, one.costs, level=one.overlap).makespan
         assert 0.5 < seconds < 10
@@ -40,9 +45,9 @@ def test_every_schedule_and_overlap_is_slept_through_and_fits_80_columns() -> No
     assert all(len(line(Row(name, 10.0, 10.0, 0.15, 0.0).tree())) <= 80 for name in names)
 
 
-def test_planned_stages_are_uneven() -> None:
+def test_planned_stages_are_uneven(planned: list[Slept]) -> None:
     """The rows of DeepSeek-V3 sleep for the planner's own seconds: of the first stage less, of the last one more."""
-    one = next(found for found in planned_pipelines() if found.schedule.name == "1f1b")
+    one = next(found for found in planned if found.schedule.name == "1f1b")
     links = {one.costs.num_links(stage) for stage in range(one.schedule.num_stages)}
     assert len(links) > 1
 

@@ -95,6 +95,17 @@ def test_a_transfer_takes_a_core_from_its_own_rank() -> None:
     assert simulate_shared(schedule, late, level="pairs", cores=2).seconds == pytest.approx(9 + 4 * 0.25)
 
 
+def test_waiting_inside_a_phase_takes_no_core() -> None:
+    """Two ranks on one core: alone a second of work and one of waiting; together, in step, two of work and one."""
+    schedule = build("gpipe", num_ranks=2, num_microbatches=4)
+    stages = {0: 1, 1: 1}
+    own = {PhaseKey(stage, 1, kind, 0): float(kind == "end") for stage in stages for kind in ("end", "end_grad")}
+    asleep = {PhaseKey(stage, 1, "end", 0): 1.0 for stage in stages}
+    costs = MeasuredCosts(stages, own, {}, {}, asleep)
+    found = simulate_shared(schedule, costs, level="off", cores=1)
+    assert found.seconds == pytest.approx(2 + 3 * 3 + 2) and found.core_seconds == pytest.approx(8)
+
+
 def test_weight_gradients_are_paid_where_they_are_computed() -> None:
     schedule = build("zb1p", num_ranks=2, num_microbatches=4)
     own = {PhaseKey(stage, 1, kind, 0): 0.0 for stage in (0, 1) for kind in ("end", "end_grad")}
