@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.linear import GroupedLinear, Linear, add_grouped_product, grouped_product
-from model.weight_grad import WeightGradSink, add_product
+from model.linear import GroupedLinear, GroupedProductGrad, Linear, grouped_product
+from model.weight_grad import ProductGrad, WeightGradSink
 
 Tensors = tuple[Tensor, ...]
 Again = Callable[[], Tensor]  # gives a tensor that was not kept
@@ -118,8 +118,7 @@ class _LinearAgain(torch.autograd.Function):
         (grad_y,), (weight,) = grads, ctx.saved_tensors
         grad_x = (grad_y @ weight.to(ctx.dtype)).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            grad_TO, x_TI, dtype = grad_y.flatten(0, -2), ctx.again().flatten(0, -2), ctx.dtype
-            ctx.sink.put(weight, lambda acc: add_product(acc, grad_TO.t(), x_TI.to(dtype)))
+            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), ctx.again().flatten(0, -2), ctx.dtype))
         ctx.again = None
         return grad_x, None, None, None, None
 
@@ -140,7 +139,6 @@ class _GroupedLinearAgain(torch.autograd.Function):
         (grad_RO,), (weight_EOI,), counts = grads, ctx.saved_tensors, ctx.counts
         grad_x = grouped_product(grad_RO, weight_EOI, counts) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            x_RI = ctx.again()
-            ctx.sink.put(weight_EOI, lambda acc_EOI: add_grouped_product(acc_EOI, grad_RO, x_RI, counts))
+            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, ctx.again(), counts))
         ctx.again = None
         return grad_x, None, None, None, None
