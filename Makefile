@@ -4,6 +4,7 @@
 # make test-slow  the tests that take longer or need root; skipped aloud where something is missing
 # make test-all   all three suites: also the exhaustive one (every fault, schedule and weakened ordering: an hour or more)
 # make checks     ruff, pyright, import-linter, then make test
+# make cluster    the packages of a run on GPUs: torch, DeepSpeed, megatron-core, Transformer Engine, wandb, apex
 # make clean      remove .venv and caches; runs/ with its data and checkpoints stays
 #
 # torch's package on the public registry is the CUDA build, several gigabytes. A machine without a GPU needs only the
@@ -22,7 +23,7 @@ PIP_INSTALL := $(PYTHON) -m pip install --disable-pip-version-check -c constrain
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test test-slow test-exhaustive test-all checks checks-static clean
+.PHONY: setup demo test test-slow test-exhaustive test-all checks checks-static cluster clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -62,6 +63,9 @@ checks-static: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
+
+cluster:
+	PYTHON3=$(PYTHON3) VENV=$(VENV) $(if $(TORCH_INDEX),TORCH_INDEX=$(TORCH_INDEX)) slurm/install.sh
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
