@@ -47,6 +47,8 @@ def read(path: Path) -> Hardware:
 
     try:
         tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise HardwareError(f"{path}: no such file") from error
     except (OSError, yaml.YAMLError) as error:
         raise HardwareError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
