@@ -75,8 +75,8 @@ def simulate_cluster(job: Job) -> Cluster:
     groups = {rank: created_groups(Mesh(parallel, rank), layout) for rank in _samples(parallel.world_size)}
     shared = groups[0]
     held = _parameters(job, layout)
-    messages = [_messages(schedule, rank) for rank in range(parallel.pipeline)]
     level = parallel.overlap if parallel.expert > 1 else "off"
+    messages = [_messages(schedule, rank, level) for rank in range(parallel.pipeline)]
     transfers = [_transfers(job, schedule, stages, rank, level) for rank in range(parallel.pipeline)]
     sizes = [_buckets(job, layout, rank) for rank in range(parallel.pipeline)]
     records = []
@@ -133,13 +133,19 @@ class _NoDispatcher:
     """In place of a dispatcher, which modules on the meta device never call."""
 
 
-def _messages(schedule: Schedule, rank: int) -> tuple[Messages, Messages]:
-    sends = {(rank, to): tuple(sent) for to, sent in schedule.messages_from(rank).items() if to != rank}
-    receives = {}
+def _messages(schedule: Schedule, rank: int, level: str) -> tuple[Messages, Messages]:
+    """What the executor sends as it goes through its work, and the receives it posts, by the sender's list."""
+    sent: dict[tuple[int, int], list[Message]] = {}
+    for work in overlap.plan(schedule, rank, num_links=lambda stage: 1, level=level):
+        for message in filter(None, map(schedule.output, overlap.sending(work))):
+            sent.setdefault((rank, schedule.consumer(message)), []).append(message)
+    sends = {pair: tuple(messages) for pair, messages in sent.items() if pair[1] != rank}
+    joined, receives = overlap.joins_pairs(level), {}
+    needed = {schedule.inputs(action) for step in schedule.ranks[rank] for action in parts(step)}
     for source in range(schedule.num_ranks):
-        if source != rank:  # as the executor posts them: in the order in which the sender produces them
-            needed = {schedule.inputs(action) for step in schedule.ranks[rank] for action in parts(step)}
-            posted = tuple(m for m in schedule.messages_from(source).get(rank, ()) if m in needed)
+        if source != rank:
+            listed = schedule.messages_from(source, pairs_joined=joined).get(rank, ())
+            posted = tuple(message for message in listed if message in needed)
             if posted:
                 receives[source, rank] = posted
     return sends, receives
