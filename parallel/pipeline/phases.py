@@ -8,8 +8,8 @@ for it (`waits_for`). The executor interprets programs, the simulator prices the
 Halves: a chunk that has no partner sends its tokens in two halves, so that one half computes while the other travels.
 """
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 # Computation: attend (the link's entry, attention, router), shared and routed experts, the chain's end, and their
 # gradients of inputs; weights computes the weight gradients put off in this link and those after it.
@@ -19,9 +19,11 @@ COMPUTE = ("attend", "shared", "experts", "end", "end_grad", "shared_grad", "exp
 TRANSFERS = ("dispatch", "combine", "combine_grad", "dispatch_grad")
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One step of a chunk: `kind` of link number `link`, for half number `half` of the tokens where that matters."""
+class Phase(NamedTuple):
+    """One step of a chunk: `kind` of link number `link`, for half number `half` of the tokens where that matters.
+
+    A tuple, because simulations look phases up by the million.
+    """
 
     kind: str
     link: int
@@ -72,6 +74,7 @@ def backward_program(num_links: int, *, halves: int = 1, weights: bool) -> Progr
     return (*phases, *(Phase(kind, 0) for kind in filler))
 
 
+@cache
 def waits_for(phase: Phase, *, halves: int = 1) -> tuple[Phase, ...]:
     """Transfers of its own chunk that a computing phase needs; those of the program that it is part of."""
     link, half = phase.link, phase.half
