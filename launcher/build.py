@@ -22,6 +22,7 @@ from model.fp8.config import FP8Config
 from model.fp8.quantise import Quantiser
 from model.rowwise.apply import apply_rowwise
 from model.rowwise.choose import rowwise_kernels
+from model.wgrad_kernels import add_product_kernel, apply_add_product
 from optim.adamw import AdamW
 from optim.ema import EMA
 from optim.fused import ADAMW
@@ -144,8 +145,10 @@ def build(
     if config.train.precision == "fp8":
         _use_fp8(config.fp8, model, process.device)
     rowwise = rowwise_kernels(config.train.rowwise, process.device)
+    add_product = add_product_kernel(config.train.weight_grad, process.device)
     for stage in model.stages.values():
         apply_rowwise(stage, rowwise)
+        apply_add_product(stage, add_product)
     optimizer = ADAMW[config.optim.adamw](
         [bucket.master for bucket in zero1.buckets],
         [bucket.step_grad for bucket in zero1.buckets],

@@ -22,6 +22,7 @@ class TrainConfig:
     precision: str = "bf16"
     # norms, SwiGLU, cross entropy: torch | native (compiled by g++, a CPU) | apex, transformer_engine (norms, a GPU)
     rowwise: str = "torch"
+    weight_grad: str = "torch"  # torch | apex | transformer_engine (a GPU): one kernel that adds in FP32
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads a rank; 0: cores / local ranks, at least 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.linear import GroupedLinear, GroupedProductGrad, Linear, grouped_product
-from model.weight_grad import ProductGrad, WeightGradSink
+from model.weight_grad import AddProduct, ProductGrad, WeightGradSink
 
 Tensors = tuple[Tensor, ...]
 Again = Callable[[], Tensor]  # gives a tensor that was not kept
@@ -98,8 +98,10 @@ def project(
     if linear.fp8 is not None:
         return linear.fp8.call_again(x, linear.weight, linear.sink, counts, again)  # type: ignore[attr-defined]
     if isinstance(linear, Linear):
-        return _LinearAgain.apply(x, linear.weight, linear.sink, linear.dtype, again)  # type: ignore[return-value]
-    return _GroupedLinearAgain.apply(x, linear.weight, counts, linear.sink, again)  # type: ignore[return-value]
+        y: Any = _LinearAgain.apply(x, linear.weight, linear.sink, linear.dtype, again, linear.add_product)
+    else:
+        y = _GroupedLinearAgain.apply(x, linear.weight, counts, linear.sink, again, linear.add_product)
+    return y
 
 
 class _LinearAgain(torch.autograd.Function):
@@ -107,10 +109,11 @@ class _LinearAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, dtype: torch.dtype | None, again: Again
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, dtype: torch.dtype | None, again: Again,
+        add: AddProduct,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight)
-        ctx.sink, ctx.dtype, ctx.again, ctx.input_dtype = sink, dtype or x.dtype, again, x.dtype
+        ctx.sink, ctx.dtype, ctx.again, ctx.input_dtype, ctx.add = sink, dtype or x.dtype, again, x.dtype, add
         return x.to(ctx.dtype) @ weight.to(ctx.dtype).t()
 
     @staticmethod
@@ -118,9 +121,10 @@ class _LinearAgain(torch.autograd.Function):
         (grad_y,), (weight,) = grads, ctx.saved_tensors
         grad_x = (grad_y @ weight.to(ctx.dtype)).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), ctx.again().flatten(0, -2), ctx.dtype))
+            x_TI = ctx.again().flatten(0, -2)
+            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), x_TI, ctx.dtype, ctx.add))
         ctx.again = None
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 class _GroupedLinearAgain(torch.autograd.Function):
@@ -128,10 +132,11 @@ class _GroupedLinearAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: tuple[int, ...], sink: WeightGradSink, again: Again
-    ) -> Tensor:
+        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: tuple[int, ...], sink: WeightGradSink, again: Again,
+        add: AddProduct,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight_EOI)
-        ctx.counts, ctx.sink, ctx.again = counts, sink, again
+        ctx.counts, ctx.sink, ctx.again, ctx.add = counts, sink, again, add
         return grouped_product(x_RI, weight_EOI.transpose(1, 2), counts)
 
     @staticmethod
@@ -139,6 +144,6 @@ class _GroupedLinearAgain(torch.autograd.Function):
         (grad_RO,), (weight_EOI,), counts = grads, ctx.saved_tensors, ctx.counts
         grad_x = grouped_product(grad_RO, weight_EOI, counts) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, ctx.again(), counts))
+            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, ctx.again(), counts, ctx.add))
         ctx.again = None
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.threads import spread
-from model.weight_grad import ProductGrad, Weighted, WeightGradSink, add_product
+from model.weight_grad import AddProduct, ProductGrad, Weighted, WeightGradSink, add_product
 
 
 class FP8Call(Protocol):
@@ -33,19 +33,21 @@ class _Linear(torch.autograd.Function):
     """x [..., I], weight [O, I] -> [..., O], computed in `dtype` where that is given, else in x's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, dtype: torch.dtype | None, add: AddProduct
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.dtype = sink, dtype or x.dtype
+        ctx.sink, ctx.dtype, ctx.add = sink, dtype or x.dtype, add
         return x.to(ctx.dtype) @ weight.to(ctx.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad_y,) = grads
         x, weight = ctx.saved_tensors
         grad_x = (grad_y @ weight.to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype))
-        return grad_x, None, None, None
+            ctx.sink.put(weight, ProductGrad(grad_y.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype, ctx.add))
+        return grad_x, None, None, None, None
 
 
 class Linear(Weighted):
@@ -64,26 +66,28 @@ class Linear(Weighted):
         """x [..., in_features] -> [..., out_features]."""
         if self.fp8 is not None:
             return self.fp8(x, self.weight, self.sink)
-        return _Linear.apply(x, self.weight, self.sink, self.dtype)  # type: ignore[return-value]
+        return _Linear.apply(x, self.weight, self.sink, self.dtype, self.add_product)  # type: ignore[return-value]
 
 
 class _GroupedLinear(torch.autograd.Function):
     """Rows of consecutive groups, each times its own weight: x_RI, weight_EOI, counts (E ints, sum R) -> y_RO."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: tuple[int, ...], sink: WeightGradSink) -> Tensor:
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, counts: tuple[int, ...], sink: WeightGradSink, add: AddProduct
+    ) -> Tensor:
         ctx.save_for_backward(x_RI, weight_EOI)
-        ctx.counts, ctx.sink = counts, sink
+        ctx.counts, ctx.sink, ctx.add = counts, sink, add
         return grouped_product(x_RI, weight_EOI.transpose(1, 2), counts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (grad_RO,) = grads
         x_RI, weight_EOI = ctx.saved_tensors
         grad_x = grouped_product(grad_RO, weight_EOI, ctx.counts) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, x_RI, ctx.counts))
-        return grad_x, None, None, None
+            ctx.sink.put(weight_EOI, GroupedProductGrad(grad_RO, x_RI, ctx.counts, ctx.add))
+        return grad_x, None, None, None, None
 
 
 def grouped_product(x_RI: Tensor, weight_EIO: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -129,8 +133,9 @@ def _padded(rows_RD: Tensor, num_rows: int) -> Tensor:
 
 
 def add_grouped_product(
-    acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...], *, overwrite: bool = False
-) -> None:
+    acc_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...], *, overwrite: bool = False,
+    add: AddProduct = add_product,
+) -> None:  # fmt: skip
     """acc[e] += grad^T x over the rows of expert e, accumulators in FP32; overwrite: in place of what they held."""
     pad = x_RI.dtype == torch.bfloat16 and not x_RI.is_cuda
 
@@ -139,7 +144,7 @@ def add_grouped_product(
             grad, x = grad_RO[rows], x_RI[rows]
             if pad:
                 grad, x = _padded(grad, _tiled(len(grad))), _padded(x, _tiled(len(x)))
-            add_product(acc_EOI[expert], grad.t(), x, overwrite=overwrite)
+            add(acc_EOI[expert], grad.t(), x, overwrite=overwrite)
 
     if x_RI.is_cuda:
         products(iter(_rows_of_experts(counts)))
@@ -153,16 +158,16 @@ def add_grouped_product(
 class GroupedProductGrad:
     """What `add_grouped_product` adds, as a contribution to the weights' gradient."""
 
-    def __init__(self, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...]) -> None:
-        self._grad_RO, self._x_RI, self._counts = grad_RO, x_RI, counts
+    def __init__(self, grad_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...], add: AddProduct = add_product) -> None:
+        self._grad_RO, self._x_RI, self._counts, self._add = grad_RO, x_RI, counts, add
 
     def __call__(self, acc_EOI: Tensor) -> None:
         """See `Overwriting`."""
-        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts)
+        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts, add=self._add)
 
     def write(self, acc_EOI: Tensor) -> None:
         """See `Overwriting`."""
-        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts, overwrite=True)
+        add_grouped_product(acc_EOI, self._grad_RO, self._x_RI, self._counts, overwrite=True, add=self._add)
 
 
 class GroupedLinear(Weighted):
@@ -177,4 +182,5 @@ class GroupedLinear(Weighted):
         """x_RI: rows sorted by expert, counts[e] of them for expert e -> [R, out_features]."""
         if self.fp8 is not None:
             return self.fp8(x_RI, self.weight, self.sink, counts)
-        return _GroupedLinear.apply(x_RI, self.weight, counts, self.sink)  # type: ignore[return-value]
+        y: Any = _GroupedLinear.apply(x_RI, self.weight, counts, self.sink, self.add_product)
+        return y

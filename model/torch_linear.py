@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.linear import _Linear
-from model.weight_grad import Weighted, WeightGradSink, set_sink
+from model.weight_grad import Weighted, WeightGradSink, add_product, set_sink
 
 
 class ForeignWeight(TypeError):
@@ -37,7 +37,7 @@ class _AddBias(torch.autograd.Function):
 
 
 def _forward(layer: nn.Linear, sink: WeightGradSink, x: Tensor) -> Tensor:
-    product: Tensor = _Linear.apply(x, layer.weight, sink, None)  # type: ignore[assignment]
+    product: Tensor = _Linear.apply(x, layer.weight, sink, None, add_product)  # type: ignore[assignment]
     return product if layer.bias is None else _AddBias.apply(product, layer.bias, sink)  # type: ignore[return-value]
 
 

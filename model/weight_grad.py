@@ -76,19 +76,12 @@ class ImmediateSink:
             accumulate(weight, add)
 
 
-class Weighted(nn.Module):
-    """A module whose weights' gradients go through a sink."""
+class AddProduct(Protocol):
+    """acc += left @ right, or acc = left @ right: `add_product`, or a kernel of `model.wgrad_kernels`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sink: WeightGradSink = ImmediateSink()
-
-
-def set_sink(module: nn.Module, sink: WeightGradSink) -> None:
-    """Send the weight gradients of `module` and all below it to `sink`."""
-    for child in module.modules():
-        if isinstance(child, Weighted):
-            child.sink = sink
+    def __call__(self, acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
+        """acc FP32 [out, in], dense; left [out, rows], usually a transposed view; right [rows, in]."""
+        ...
 
 
 def add_product(acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
@@ -106,16 +99,35 @@ def add_product(acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = F
         acc.add_(left @ right)
 
 
+class Weighted(nn.Module):
+    """A module whose weights' gradients go through a sink, as sums of products that `add_product` adds."""
+
+    add_product: AddProduct = staticmethod(add_product)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink: WeightGradSink = ImmediateSink()
+
+
+def set_sink(module: nn.Module, sink: WeightGradSink) -> None:
+    """Send the weight gradients of `module` and all below it to `sink`."""
+    for child in module.modules():
+        if isinstance(child, Weighted):
+            child.sink = sink
+
+
 class ProductGrad:
     """left @ right as a contribution; right is converted to `dtype` when it is computed, no sooner."""
 
-    def __init__(self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> None:
-        self._left, self._right, self._dtype = left, right, dtype or right.dtype
+    def __init__(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype | None = None, add: AddProduct = add_product
+    ) -> None:
+        self._left, self._right, self._dtype, self._add = left, right, dtype or right.dtype, add
 
     def __call__(self, acc: Tensor) -> None:
         """See `Overwriting`."""
-        add_product(acc, self._left, self._right.to(self._dtype))
+        self._add(acc, self._left, self._right.to(self._dtype))
 
     def write(self, acc: Tensor) -> None:
         """See `Overwriting`."""
-        add_product(acc, self._left, self._right.to(self._dtype), overwrite=True)
+        self._add(acc, self._left, self._right.to(self._dtype), overwrite=True)

@@ -6,24 +6,16 @@ the sum of magnitudes. FP32 operands (the router's) stay with torch, whose FP32 
 tests/gpu/test_fused_contract.py holds them to the twin on a GPU, where they have not run.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.backends import MissingBackend, load_apex, load_transformer_engine
-from model.weight_grad import add_product
+from model.weight_grad import AddProduct, Weighted, add_product
 
 KEY, INSTEAD = "train.weight_grad", "use train.weight_grad=torch"
 APEX_MODULE = "fused_weight_gradient_mlp_cuda"
-
-
-class AddProduct(Protocol):
-    """acc += left @ right, or acc = left @ right."""
-
-    def __call__(self, acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
-        """acc FP32 [out, in], dense; left [out, rows], usually a transposed view; right [rows, in]."""
-        ...
 
 
 class ApexAddProduct:
@@ -83,3 +75,13 @@ def add_product_kernel(name: str, device: torch.device) -> AddProduct:
     if device.type != "cuda":
         raise MissingBackend(f"{KEY}={name} needs a GPU, the tensors are on {device}: {INSTEAD}")
     return ON_GPU[name]()
+
+
+def apply_add_product(model: nn.Module, add: AddProduct) -> None:
+    """Let the wide linears of `model` (a stage, or all of it) add their weight gradients so from now on.
+
+    The output head adds its own in torch, in chunks; FP8 linears have products of their own.
+    """
+    for module in model.modules():
+        if isinstance(module, Weighted):
+            module.add_product = add

@@ -4,10 +4,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from launcher.check.layout import either
 from launcher.config import RunConfig
+from model.backends import version_problem
 from model.counts import parameter_shapes
 from model.fp8.config import (
     ATTENTION_CACHES,
     BACKENDS,
+    DEEP_GEMM_FROM,
+    DEEP_GEMM_MULTIPLE,
+    DEEP_GEMM_UNTIL,
+    GROUPED,
     INPUT_CACHES,
     SCALES,
     TRANSFORMER_ENGINE_FROM,
@@ -17,6 +22,7 @@ from model.fp8.config import (
 
 CHOICES = {
     "fp8.backend": BACKENDS,
+    "fp8.grouped": GROUPED,
     "fp8.scales": SCALES,
     "fp8.input_cache": INPUT_CACHES,
     "fp8.attention_cache": ATTENTION_CACHES,
@@ -64,6 +70,27 @@ def check_transformer_engine(config: RunConfig) -> list[str]:
         floor = config.fp8.gradient_amax_floor
         found.append(f"{key} has no fp8.gradient_amax_floor={floor:g}: use fp8.gradient_amax_floor=0")
     return found + _odd_sizes(config)
+
+
+def check_deep_gemm(config: RunConfig) -> list[str]:
+    """DeepGEMM is there in a known version, a GPU is meant, and it can do what is asked."""
+    if config.train.precision != "fp8" or config.fp8.grouped != "deep_gemm":
+        return []
+    key, instead, found = "fp8.grouped=deep_gemm", "use fp8.grouped=same", []
+    if problem := version_problem("DeepGEMM", "deep_gemm", DEEP_GEMM_FROM, DEEP_GEMM_UNTIL):
+        found.append(f"{key}: {problem}: build it from its sources, or {instead}")
+    if config.train.device == "cpu":
+        found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {instead}")
+    if config.fp8.recompute_swiglu:
+        found.append(f"{key} has no fp8.recompute_swiglu=true: use fp8.recompute_swiglu=false")
+    sizes = {
+        "model.hidden_size": config.model.hidden_size, "model.moe_intermediate_size": config.model.moe_intermediate_size
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if size % DEEP_GEMM_MULTIPLE:
+            rounded = -(-size // DEEP_GEMM_MULTIPLE) * DEEP_GEMM_MULTIPLE
+            found.append(f"{key} takes multiples of {DEEP_GEMM_MULTIPLE}, {name}={size}: use {rounded}, or {instead}")
+    return found
 
 
 def _odd_sizes(config: RunConfig) -> list[str]:

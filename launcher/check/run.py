@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launcher.check.fp8 import check_fp8_words, check_transformer_engine
+from launcher.check.fp8 import check_deep_gemm, check_fp8_words, check_transformer_engine
 from launcher.check.layout import (
     check_batch,
     check_experts,
@@ -32,7 +32,7 @@ from launcher.check.recipe import (
     check_segments,
 )
 from launcher.check.record import check_record, check_wandb
-from launcher.check.rowwise import ROWWISE, check_compiler, check_rowwise
+from launcher.check.rowwise import ROWWISE, WEIGHT_GRAD, check_compiler, check_rowwise
 from launcher.check.safety import check_safety
 from launcher.config import ConfigError, RunConfig, draft
 from launcher.schedule_choice import resolved
@@ -162,6 +162,7 @@ def check_choices(config: RunConfig) -> list[str]:
         **PACKAGE_CHOICES,
         "train.precision": ("bf16", "fp32", "fp8"),
         "train.rowwise": ROWWISE,
+        "train.weight_grad": WEIGHT_GRAD,
         "train.spike_policy": ("warn", "skip", "rollback"),
         "train.device": ("auto", "cpu", "cuda"),
         "model.mtp_hidden": ("after_norm", "before_norm"),
@@ -272,4 +273,11 @@ RULES: tuple[Rule, ...] = (
     check_rowwise,
 )
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
-MACHINE_RULES: tuple[Rule, ...] = (check_device, check_transformer_engine, check_packages, check_wandb, check_compiler)
+MACHINE_RULES: tuple[Rule, ...] = (
+    check_device,
+    check_transformer_engine,
+    check_deep_gemm,
+    check_packages,
+    check_wandb,
+    check_compiler,
+)

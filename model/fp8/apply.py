@@ -55,7 +55,15 @@ def apply_fp8(
         from model.fp8.transformer_engine import apply_transformer_engine
 
         apply_transformer_engine(fp8_linears(model), config)
-        return
+    else:
+        _apply_oracle(model, config, device, watch)
+    if config.grouped == "deep_gemm":
+        from model.fp8.deep_gemm import apply_deep_gemm
+
+        apply_deep_gemm(fp8_linears(model), config)
+
+
+def _apply_oracle(model: nn.Module, config: FP8Config, device: torch.device, watch: Watch) -> None:
     for name, linear in fp8_linears(model).items():
         after_attention = name.rpartition(".")[2] == ATTENTION_OUTPUT
         cache = config.attention_cache if after_attention else config.input_cache

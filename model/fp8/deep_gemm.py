@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.backends import MissingBackend, version_problem
 from model.dropping import Again
-from model.fp8.config import FP8Config
+from model.fp8.config import DEEP_GEMM_FROM, DEEP_GEMM_UNTIL, FP8Config
 from model.fp8.formats import AMAX_FLOOR, EXPONENT_BIAS, TILE_SIZE, QuantisedTensor, Rows, Scales, Tile
 from model.fp8.quantise import Quantiser
 from model.linear import GroupedLinear
@@ -30,14 +30,13 @@ from model.weight_grad import WeightGradSink
 
 KEY = "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.grouped=same, the back end of the other products"
-SINCE, UNTIL = "2.1.1", "2.7"
 CAPABILITY = "9.0"
 NO_GROUP = -1  # the group of a row that only fills up
 
 
 def load_deep_gemm(config: FP8Config) -> Any:
     """The module; MissingBackend in one line with what was found, what is needed, what to do."""
-    problem = version_problem("DeepGEMM", "deep_gemm", SINCE, UNTIL)
+    problem = version_problem("DeepGEMM", "deep_gemm", DEEP_GEMM_FROM, DEEP_GEMM_UNTIL)
     if problem:
         raise MissingBackend(f"{KEY}: {problem}: build it from its sources, or {INSTEAD}")
     if config.recompute_swiglu:

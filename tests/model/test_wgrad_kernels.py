@@ -13,8 +13,10 @@ from torch import Tensor
 
 from model import backends, wgrad_kernels
 from model.backends import MissingBackend
-from model.weight_grad import add_product
-from model.wgrad_kernels import AddProduct, add_product_kernel
+from model.dropping import project
+from model.linear import GroupedLinear, Linear
+from model.weight_grad import AddProduct, add_product, forget
+from model.wgrad_kernels import add_product_kernel, apply_add_product
 from tests.model.wheel import call_of, fits, function_of, parsed, transformer_engine_wheel
 
 CPU = torch.device("cpu")
@@ -88,6 +90,30 @@ def test_what_a_kernel_would_misread_is_refused(monkeypatch: pytest.MonkeyPatch,
         add(torch.zeros(3, 4).bfloat16(), left, right)
     with pytest.raises(ValueError, match="do not fit"):
         add(torch.zeros(3, 5), left, right)
+
+
+def test_linears_use_it() -> None:
+    calls: list[tuple[tuple[int, ...], bool]] = []
+
+    def add(acc: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
+        calls.append((tuple(acc.shape), overwrite))
+        add_product(acc, left, right, overwrite=overwrite)
+
+    plain, ours = (torch.nn.ModuleList([Linear(6, 4), GroupedLinear(3, 6, 4)]) for _ in range(2))
+    ours.load_state_dict({name: torch.nn.init.normal_(weight) for name, weight in plain.state_dict().items()})
+    apply_add_product(ours, add)
+    x, grad, counts = torch.randn(7, 6), torch.randn(7, 4), (2, 0, 5)
+    model: Any
+    for model in (plain, ours):
+        for weight in model.parameters():
+            forget(weight)
+        model[0](x).backward(grad)
+        model[1](x, counts).backward(grad)
+        project(model[0], x, lambda: x).backward(grad)  # nothing of x kept
+        project(model[1], x, lambda: x, counts).backward(grad)
+    assert calls == [((4, 6), True)] * 3 + [((4, 6), False)] * 3 and Linear(6, 4).add_product is add_product
+    for first, second in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(first.main_grad, second.main_grad)  # type: ignore[attr-defined]
 
 
 def test_by_name() -> None:

@@ -8,6 +8,7 @@ import pytest
 from launcher.check import fp8 as check_fp8
 from launcher.check.run import problems
 from launcher.config import RunConfig, compose
+from model import backends
 
 
 def run(*overrides: str) -> RunConfig:
@@ -24,8 +25,8 @@ def test_the_oracle_runs_anywhere() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("backend", "deepgemm"), ("scales", "ue8m0"), ("input_cache", "e5m6"), ("attention_cache", "bf16"),
-     ("gradient_amax_floor", "-1"), ("watch_every", "-1")],
+    [("backend", "deepgemm"), ("grouped", "deepgemm"), ("scales", "ue8m0"), ("input_cache", "e5m6"),
+     ("attention_cache", "bf16"), ("gradient_amax_floor", "-1"), ("watch_every", "-1")],
 )  # fmt: skip
 def test_unknown_words(key: str, value: str) -> None:
     (line,) = found(run(f"fp8.{key}={value}"))
@@ -73,3 +74,33 @@ def test_sizes_are_refused_by_name(monkeypatch: Any) -> None:
     base = run("model.kv_lora_rank=100", "train.device=cuda")
     lines = check_fp8.check_transformer_engine(replace(base, fp8=replace(base.fp8, **GOOD)))
     assert any("kv_a_proj_with_mqa" in line and "multiples of 16" in line for line in lines)
+
+
+DEEP_GEMM = {"grouped": "deep_gemm", "recompute_swiglu": False}
+WIDTHS = ("model.hidden_size=256", "model.moe_intermediate_size=128")
+
+
+def grouped(monkeypatch: Any, installed: str | None, *widths: str, device: str = "cuda", **keys: Any) -> list[str]:
+    monkeypatch.setattr(backends, "installed", lambda package: installed)
+    base = run(*widths)
+    train = replace(base.train, device=device)
+    return check_fp8.check_deep_gemm(replace(base, train=train, fp8=replace(base.fp8, **DEEP_GEMM | keys)))
+
+
+def test_deep_gemm_in_the_right_version_is_taken(monkeypatch: Any) -> None:
+    assert grouped(monkeypatch, "2.6.1", *WIDTHS) == grouped(monkeypatch, None, *WIDTHS, grouped="same") == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "keys", "widths", "words"),
+    [
+        (None, {}, WIDTHS, "DeepGEMM is not installed (2.1.1 or newer, below 2.7 is needed)"),
+        ("1.0.0", {}, WIDTHS, "DeepGEMM 1.0.0 is installed, 2.1.1 or newer, below 2.7 is needed"),
+        ("2.6.1", {"device": "cpu"}, WIDTHS, "train.device=cpu: use fp8.grouped=same"),
+        ("2.6.1", {"recompute_swiglu": True}, WIDTHS, "use fp8.recompute_swiglu=false"),
+        ("2.6.1", {}, WIDTHS[1:], "model.hidden_size=192: use 256, or use fp8.grouped=same"),
+    ],
+)
+def test_what_deep_gemm_cannot(monkeypatch: Any, installed: str | None, keys: Any, widths: Any, words: str) -> None:
+    (line,) = grouped(monkeypatch, installed, *widths, **keys)
+    assert words in line and line.startswith("fp8.grouped=deep_gemm") and "\n" not in line

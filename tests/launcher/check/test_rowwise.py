@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.check import rowwise as rules
-from launcher.check.rowwise import ROWWISE, check_compiler, check_rowwise
+from launcher.check.rowwise import WEIGHT_GRAD, check_compiler, check_rowwise
 from launcher.config import RunConfig, compose
 from model import backends
 
@@ -28,13 +27,20 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_compiler(run("torch")) == []
 
 
-@pytest.mark.parametrize("name", ROWWISE[2:])
-def test_the_packages_are_for_a_gpu(name: str) -> None:
-    (message,) = check_rowwise(run(name))
-    assert message == f"train.rowwise={name} needs a GPU, but train.device=cpu: use train.rowwise=torch"
-    assert check_rowwise(run(name, "cuda")) == check_rowwise(run(name, "auto")) == []
+def with_package(key: str, name: str, device: str) -> RunConfig:
+    config = run("torch", device)
+    return replace(config, train=replace(config.train, **{key: name}))
 
 
+@pytest.mark.parametrize("key", ["rowwise", "weight_grad"])
+@pytest.mark.parametrize("name", WEIGHT_GRAD[1:])
+def test_the_packages_are_for_a_gpu(key: str, name: str) -> None:
+    (message,) = check_rowwise(with_package(key, name, "cpu"))
+    assert message == f"train.{key}={name} needs a GPU, but train.device=cpu: use train.{key}=torch"
+    assert check_rowwise(with_package(key, name, "cuda")) == check_rowwise(with_package(key, name, "auto")) == []
+
+
+@pytest.mark.parametrize("key", ["rowwise", "weight_grad"])
 @pytest.mark.parametrize(
     ("name", "found", "words"),
     [
@@ -45,8 +51,10 @@ def test_the_packages_are_for_a_gpu(name: str) -> None:
         ("apex", "0.9.10", "the apex 0.9.10 installed here is another project"),
     ],
 )
-def test_missing_packages(monkeypatch: pytest.MonkeyPatch, name: str, found: str | None, words: str | None) -> None:
+def test_missing_packages(
+    monkeypatch: pytest.MonkeyPatch, key: str, name: str, found: str | None, words: str | None
+) -> None:
     monkeypatch.setattr(backends, "installed", lambda package: found)
-    lines = check_compiler(run(name, "cuda"))
+    lines = check_compiler(with_package(key, name, "cuda"))
     assert len(lines) == (words is not None)
-    assert all(str(words) in line and line.endswith(rules.INSTEAD) and "\n" not in line for line in lines)
+    assert all(str(words) in line and line.endswith(f": use train.{key}=torch") for line in lines)
