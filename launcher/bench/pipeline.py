@@ -264,7 +264,7 @@ def _parser(*, with_estimates: bool) -> ArgumentParser:
     parser.add_argument(
         "--clock", choices=CLOCKS,
         help="blocking: the rank sleeps through each piece; stream: computation is a queue, as on a GPU; nccl: and "
-        "what leaves is sent when computed while the rank issues on (default: stream, all-to-all rows nccl)",
+        "what leaves is sent when computed while the rank issues on (default: stream; rows without a peer nccl)",
     )  # fmt: skip
     parser.add_argument("--as-rank", action="store_true", help="of the processes that this starts")
     parser.add_argument("--model", nargs=2, metavar=("SCHEDULE", "OVERLAP"), help="of those: the row to measure")

@@ -13,7 +13,7 @@ from parallel.pipeline.simulate import Costs, simulate
 from parallel.pipeline.simulate_phases import simulate_phases
 
 CLOCKS = ("blocking", "stream", "nccl")
-GROUPS = ("engine8", "engine16", "alltoall32", "alltoall64", "alltoall120", "model")
+GROUPS = ("engine8", "engine16", "auto16", "alltoall32", "alltoall64", "alltoall120", "model")
 START_SECONDS = {8: 12, 16: 25}  # of so many processes on two cores, roughly
 MODEL_SECONDS = 20  # a schedule of the tiny model on four processes, start included, roughly
 
@@ -48,6 +48,7 @@ def default_cases() -> list[Case]:
             cases.append(Case("expertpipe", name, ranks, microbatches, cost, group=group))
         for name in ("dualpipev", "zbv", "1f1b"):
             cases.append(Case("torch", name, ranks, microbatches, cost, group=group))
+    cases.append(Case("expertpipe", "auto", 16, 32, 50.0, clock="nccl", group="auto16"))
     for microbatches in (32, 64, 120):
         group = f"alltoall{microbatches}"
         base = Case(
