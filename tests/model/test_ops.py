@@ -12,7 +12,7 @@ from model.init import initialise
 from model.linear import GroupedLinear, Linear
 from model.mlp import MLP, swiglu
 from model.norm import RMSNorm
-from model.weight_grad import ImmediateSink, main_grad, set_sink
+from model.weight_grad import AddGrad, ImmediateSink, main_grad, set_sink
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -195,7 +195,7 @@ def test_set_sink_reaches_every_layer_below() -> None:
         def __init__(self) -> None:
             self.seen: list[int] = []
 
-        def put(self, weight: Tensor, add: Callable[[Tensor], None]) -> None:
+        def put(self, weight: Tensor, add: AddGrad) -> None:
             self.seen.append(id(weight))
             super().put(weight, add)
 

@@ -86,8 +86,8 @@ def test_groups_are_products_of_their_own() -> None:
         alone = quantised(weight[group], Tile.BLOCK, power)
         assert torch.equal(y[part], fprop(quantised(x[part], Tile.ROW, power), alone))
         assert torch.equal(dx[part], dgrad(quantised(grad[part], Tile.ROW, power), alone))
-        sides = (quantised(side[part], Tile.COLUMN, power) for side in (grad, x))
-        assert torch.equal(dw[group], wgrad(*sides)[0])
+        left, right = (quantised(side[part], Tile.COLUMN, power) for side in (grad, x))
+        assert torch.equal(dw[group], wgrad(left, right)[0])
         start += count
     assert (dw[1] == 0).all()
 
