@@ -22,7 +22,7 @@ def plan_command(argv: list[str]) -> int:
         if given is not None and given is not False and not there:
             raise ConfigError([f"{word} goes with {needed}"])
     if args.measured:
-        from launcher.plan.measured import measured_command
+        from launcher.plan.measured.command import measured_command
 
         return measured_command(as_json=args.json)
     if args.validate:

@@ -10,9 +10,11 @@ import pytest
 import torch.distributed as dist
 
 from launcher.__main__ import main
-from launcher.plan import measured, measured_rank
-from launcher.plan.measured import line
-from launcher.plan.measured_rank import MODEL_BAR, Row, Slept, even_pipelines, planned_pipelines
+from launcher.plan.measured import command as measured
+from launcher.plan.measured.command import line
+from launcher.plan.measured.model import BAR
+from launcher.plan.measured.row import Row
+from launcher.plan.measured.slept import Slept, even_pipelines, planned_pipelines, slept_rows
 from parallel.pipeline.check import check
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.pipeline.simulate_phases import simulate_phases
@@ -25,9 +27,9 @@ def planned() -> list[Slept]:
 
 
 def test_a_row_holds_within_its_bar() -> None:
-    row = Row("tiny: dualpipe, overlap=pairs, 2 cores", 2.0, 1.71, MODEL_BAR, 0.1, (7.0, 6.5))
+    row = Row("tiny: dualpipe, overlap=pairs, 2 cores", 2.0, 1.71, BAR, 0.1, (7.0, 6.5))
     assert row.relative_error == pytest.approx(-0.145) and row.holds
-    assert not Row("", 2.0, 1.69, MODEL_BAR, 0.1).holds
+    assert not Row("", 2.0, 1.69, BAR, 0.1).holds
     tree = json.loads(json.dumps(row.tree()))
     assert {"check", "predicted", "measured", "relative_error", "bar", "holds", "core_seconds"} <= tree.keys()
 
@@ -61,7 +63,7 @@ def quick_rows() -> list[Row]:
     """Two pipelines of 0.2 ms a chunk."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     chosen = [one for one in even_pipelines(2e-4) if one.schedule.name == "dualpipe"]
-    found = list(measured_rank.slept_rows(chosen, dist.get_rank(), repetitions=1))
+    found = list(slept_rows(chosen, dist.get_rank(), repetitions=1))
     dist.destroy_process_group()
     return found
 
@@ -77,7 +79,7 @@ def test_slept_rows_are_the_same_on_every_rank_and_no_faster_than_predicted() ->
 def test_phases_add_up_to_the_processor_time_of_the_pipeline(words: tuple[str, str], tmp_path: Path) -> None:
     """Each phase is timed while others wait; together they are what the whole pipeline uses, whatever else runs."""
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "launcher.plan.measured_rank", str(out), "3", "model", *words]
+    command = [sys.executable, "-m", "launcher.plan.measured.rank", str(out), "3", "model", *words]
     from launcher.local import run_local
 
     assert run_local([], world_size=4, run_dir=tmp_path, threads=1, command=command) == 0
@@ -90,6 +92,6 @@ def test_phases_add_up_to_the_processor_time_of_the_pipeline(words: tuple[str, s
 
 @pytest.mark.slow
 def test_ranks_that_fail_are_an_exit_code(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher.plan.measured_rank", str(tmp_path / "out"), "1", "model", "nope", "off"]
+    command = [sys.executable, "-m", "launcher.plan.measured.rank", str(tmp_path / "out"), "1", "model", "nope", "off"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "parallel.schedule=nope" in done.stderr

@@ -26,7 +26,7 @@ def measured_command(*, as_json: bool, repetitions: int = 5) -> int:
         for number, (ranks, words) in enumerate(kinds):
             print(f"{' '.join(words)}: {ranks} processes ...", file=sys.stderr, flush=True)
             out = Path(folder) / f"{number}.jsonl"
-            command = [sys.executable, "-m", "launcher.plan.measured_rank", str(out), str(repetitions), *words]
+            command = [sys.executable, "-m", "launcher.plan.measured.rank", str(out), str(repetitions), *words]
             code = run_local([], world_size=ranks, run_dir=Path(folder), threads=1, command=command)
             if code:
                 return code
