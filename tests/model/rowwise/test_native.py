@@ -169,25 +169,27 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 MUTATIONS = {
     "no pull of the row's own norm": ("- wide * pull)", "- 0 * pull)"),
-    "gate without the slope of the sigmoid": ("* s * (1.0f + x * (1.0f - s)))", "* s)"),
-    "a coarse exponential": ("p = fused(p, r, 0.5f);", "p = fused(p, r, 0.49f);"),
+    "gate without the slope of the sigmoid": ("* s * (1.0f + x * (1.0f - s))", "* s"),
+    "a coarse exponential": ("filled(0.5f)", "filled(0.49f)"),
     "the label kept": ("* inverse - 1.0f", "* inverse"),
-    "the tail left out": ("for (long l = 0; j + l < n; l++) lane[l] += term(j + l);", ""),
+    "keys after the query": ("for (long j = seen; j < lanes; j++) row[j] = -INFINITY;", ""),
+    "the tail left out": ("if (j < n) f(j, n - j);", ""),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_wrong_kernel_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, (old, new) = native.SOURCE.read_text(), MUTATIONS[name]
-    assert text.count(old) == 1
-    mutant = tmp_path / "rowwise.cpp"
-    mutant.write_text(text.replace(old, new))
-    monkeypatch.setattr(native, "SOURCE", mutant)
+    files, (old, new) = (native.SOURCE, *native.HEADERS), MUTATIONS[name]
+    assert sum(file.read_text().count(old) for file in files) == 1
+    for file in files:
+        (tmp_path / file.name).write_text(file.read_text().replace(old, new))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / native.SOURCE.name)
+    monkeypatch.setattr(native, "HEADERS", tuple(tmp_path / file.name for file in native.HEADERS))
     monkeypatch.setattr(native, "build", partial(build, folder=tmp_path))
     monkeypatch.setitem(globals(), "NATIVE", NativeRowwise())
     with pytest.raises(AssertionError):
-        for check in (test_rms_norm, test_swiglu, test_cross_entropy):
+        for check in (test_rms_norm, test_swiglu, test_cross_entropy, test_causal_softmax):
             check()
 
 
