@@ -22,7 +22,7 @@ CASES = [
         "train.mfu_against=h800",
     ),
     ("train.mfu_against=h900", "did you mean h800?", "train.mfu_against=measured"),
-    ("train.mfu_against=none.yaml", "train.mfu_against=none.yaml: none.yaml: not a readable", "train.mfu_against=auto"),
+    ("train.mfu_against=none.yaml", "train.mfu_against=none.yaml: none.yaml: no such file", "train.mfu_against=auto"),
 ]
 
 
