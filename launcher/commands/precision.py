@@ -22,7 +22,7 @@ def precision_command(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the rows as one JSON object")
     args = parser.parse_intermixed_args(argv)
     config = checked(args.overrides, with_data=False, here=False)
-    rows = precision_map(config.model, chosen(config))
+    rows = precision_map(config.model, chosen(config), config.parallel.recompute)
     if args.json:
         print(json.dumps({"name": config.name, "precision": config.train.precision, "rows": [*map(asdict, rows)]}))
     else:
@@ -47,8 +47,11 @@ def chosen(config: RunConfig) -> Precision:
 def table(config: RunConfig, rows: Sequence[Row]) -> Iterator[str]:
     """Lines of at most 80 columns: a table for each kind of layer; what a layer shares with one above is left out."""
     backend = f", {config.fp8.backend}" if config.train.precision == "fp8" else ""
-    yield f"{config.name}: train.precision={config.train.precision}{backend}"
+    again = "" if config.parallel.recompute == "none" else f", parallel.recompute={config.parallel.recompute}"
+    yield f"{config.name}: train.precision={config.train.precision}{backend}{again}"
     yield "bytes: /t a token (routed: of all its experts), else of the layer's whole stack"
+    if again:
+        yield "again: computed once more in the backward, not kept from the forward"
     shown: set[Row] = set()
     for layer, group in groupby(rows, key=lambda row: row.layer):
         every = list(group)

@@ -7,7 +7,7 @@ table of its own. `kept_by_attention_kernel`: what a GPU's adds. Not in it: the 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.counts import block_shapes
@@ -38,10 +38,13 @@ def _part(module: str) -> str:
 
 
 def kept_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, recompute: str = "none") -> list[Kept]:
-    """What a layer keeps, in the order of its forward; routed experts with all the experts of a token."""
-    if recompute == "report":
-        return _kept_less(model, precision, moe=moe)
-    rows = [r for r in precision_map(model, precision) if r.layer == ("MoE layer" if moe else "dense layer")]
+    """What a layer keeps, in the order of its forward; routed experts with all the experts of a token.
+
+    recompute: of the levels only `report` changes these lists.
+    """
+    level = "report" if recompute == "report" else "none"
+    layer = "MoE layer" if moe else "dense layer"
+    rows = [r for r in precision_map(model, precision, level) if r.layer == layer and r.use == "kept"]
     wide = BITS[precision.wide] / 8
     found = [Kept("norm before attention", model.hidden_size * wide + FP32)]
     if model.q_lora_rank is not None:
@@ -49,39 +52,16 @@ def kept_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, recomp
     # the key-value latent and the rotary key are one tensor, of which the norm reads a part
     found.append(Kept("norm of the key-value latent", (model.kv_lora_rank + model.qk_rope_head_dim) * wide + FP32))
     found.append(Kept("norm before the experts" if moe else "norm before the MLP", model.hidden_size * wide + FP32))
-    found += [Kept(row.tensor, row.bytes) for row in rows if row.use == "kept" and not row.module]
+    found += [Kept(row.tensor, row.bytes) for row in rows if not row.module]
     if moe:
-        found += _router(model, precision)
-    inputs = [row for row in rows if row.use == "kept" and row.module]
-    return found + [Kept(f"{row.module} {row.tensor}", row.bytes) for row in _distinct(model, precision, inputs)]
-
-
-def _kept_less(model: ModelConfig, precision: Precision, *, moe: bool) -> list[Kept]:
-    """Of `model.recompute`: what the norms read, attention's output, the SwiGLUs' inputs, rows and routing."""
-    engine = elsewhere(precision)
-    found = []
-    for item in kept_by_layer(model, _with_swiglu(precision, again=True), moe=moe):
-        module, _, tensor = item.what.partition(" ")
-        own = tensor == "input" and module not in ("o_proj", "experts.gate_up_proj")
-        if engine and module == "o_proj":  # the very tensor that the attention kernel keeps
-            found.append(Kept(item.what, model.num_attention_heads * model.v_head_dim * BITS[precision.wide] / 8))
-        elif not own and item.what not in ("attention q, k, v", "router: input"):
-            found.append(item)
-    return found
-
-
-def elsewhere(precision: Precision) -> bool:
-    """Whether products are in FP8 and computed by Transformer Engine, which keeps inputs in its own way."""
-    return precision.precision == "fp8" and precision.fp8.backend == "transformer_engine"
-
-
-def _with_swiglu(precision: Precision, *, again: bool) -> Precision:
-    return replace(precision, fp8=replace(precision.fp8, recompute_swiglu=again))
+        found += _router(model, precision, keeps_input=level == "none")
+    inputs = [row for row in rows if row.module]
+    return found + [Kept(f"{row.module} {row.tensor}", row.bytes) for row in _distinct(precision, inputs)]
 
 
 def kept_by_attention_kernel(model: ModelConfig, precision: Precision, *, recompute: str = "none") -> Kept:
     """What a GPU's flash attention keeps beside q, k and v: its output, wide, and a number a row."""
-    same = precision.precision != "fp8" or (recompute == "report" and elsewhere(precision))
+    same = precision.precision != "fp8" or (recompute == "report" and precision.elsewhere)
     output = 0.0 if same else model.v_head_dim * BITS[precision.wide] / 8  # else the linear after it keeps that tensor
     return Kept("attention kernel", model.num_attention_heads * (output + FP32))
 
@@ -106,7 +86,7 @@ def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, rec
     wide = BITS[precision.wide] / 8
     rounded = recompute == "report" and precision.precision == "fp8"
     if rounded:
-        precision = _with_swiglu(precision, again=False)
+        precision = precision.with_swiglu(again=False)
         each = 1 + precision.scale_bytes / TILE
     else:
         each = wide
@@ -126,13 +106,14 @@ def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, rec
     return found
 
 
-def _router(model: ModelConfig, precision: Precision) -> list[Kept]:
+def _router(model: ModelConfig, precision: Precision, *, keeps_input: bool) -> list[Kept]:
     chosen = model.num_experts_per_tok
     found = [
         Kept("router: scores, choice", FP32 * model.n_routed_experts + INT64 * chosen),
         Kept("router: weights", FP32 * chosen),  # of each row, which the SwiGLU multiplies
     ]
-    if precision.precision == "fp8" or not model.n_shared_experts:  # else the shared experts keep the same tensor
+    # in BF16 and FP32 the shared experts keep the same tensor
+    if keeps_input and (precision.precision == "fp8" or not model.n_shared_experts):
         found.append(Kept("router: input", model.hidden_size * BITS[precision.wide] / 8))
     if model.norm_topk_prob:
         found.append(Kept("router: normalisation", FP32 * chosen + FP32))
@@ -141,15 +122,6 @@ def _router(model: ModelConfig, precision: Precision) -> list[Kept]:
     return found
 
 
-def _distinct(model: ModelConfig, precision: Precision, rows: list[Row]) -> list[Row]:
+def _distinct(precision: Precision, rows: list[Row]) -> list[Row]:
     """Each storage once: in FP8 every linear rounds its own copy of an input, otherwise two linears share it."""
-    if precision.precision == "fp8":
-        return rows
-    # the map has no row for the wide SwiGLU's input, which is kept beside its output
-    found = []
-    for row in rows:
-        if row.module.endswith("down_proj"):
-            found.append(replace(row, tensor="SwiGLU input", bytes=2 * row.bytes))
-        if row.module != "kv_a_proj_with_mqa":
-            found.append(row)
-    return found
+    return [row for row in rows if precision.precision == "fp8" or row.module != "kv_a_proj_with_mqa"]

@@ -6,7 +6,7 @@ counted whole where they are smaller than 128, as they are stored.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
 from model.counts import Shape, block_shapes
@@ -14,6 +14,7 @@ from model.fp8.config import FP8Config
 
 TILE = 128
 BITS = {"E4M3": 8, "E5M6": 12, "BF16": 16, "FP32": 32}
+ROUTED, AFTER_ATTENTION = "experts.gate_up_proj", "o_proj"
 # Inputs that stay wide in every precision.
 WIDE = ("gate.proj", "embed_tokens", "lm_head")
 
@@ -23,8 +24,9 @@ class Row:
     """One tensor in one use.
 
     module: the linear it belongs to, or empty. tensor: which one. use: `Fprop`, `Dgrad`, `Wgrad`, `kept` (from forward
-    to backward), `step` (weights: kept from one update to the next) or `state` (masters and the like). tile: rows x
-    columns, or `-`. per: `token` or `all`. note: why, where it is not plain.
+    to backward), `again` (computed once more in the backward instead of kept), `step` (weights: kept from one update to
+    the next) or `state` (masters and the like). tile: rows x columns, or `-`. per: `token` or `all`. note: why, where
+    it is not plain.
     """
 
     layer: str
@@ -81,16 +83,43 @@ class Precision:
         return 1 if self.scale == "E8M0" else 4
 
 
-def precision_map(model: ModelConfig, precision: Precision) -> list[Row]:
-    """Rows of one layer of each kind and of what is around the layers."""
+    @property
+    def elsewhere(self) -> bool:
+        """Whether products are in FP8 and computed by Transformer Engine, which keeps inputs in its own way."""
+        return self.precision == "fp8" and self.fp8.backend == "transformer_engine"
+
+    def with_swiglu(self, *, again: bool) -> "Precision":
+        """The same with `fp8.recompute_swiglu` as `again` says."""
+        return replace(self, fp8=replace(self.fp8, recompute_swiglu=again))
+
+
+def precision_map(model: ModelConfig, precision: Precision, recompute: str = "none") -> list[Row]:
+    """Rows of one layer of each kind and of what is around the layers; recompute: as `parallel.recompute`."""
     rows: list[Row] = []
+    if recompute == "report":
+        precision = precision.with_swiglu(again=True)
     for name, moe in (("dense layer", False), ("MoE layer", True)):
         exists = model.num_moe_layers if moe else model.first_k_dense_replace
         if exists:
-            rows += _layer(model, precision, layer=name, moe=moe)
+            whole = _layer(model, precision, layer=name, moe=moe)
+            rows += [_recomputed(row, model, precision, recompute) for row in whole]
     if model.num_nextn_predict_layers:
         rows += _linear(model, precision, "MTP", "eh_proj", (model.hidden_size, 2 * model.hidden_size))
     return rows + list(_around(model, precision))
+
+
+def _recomputed(row: Row, model: ModelConfig, precision: Precision, recompute: str) -> Row:
+    """A layer's row under that level: `attend` and `layer` run phases once more, `report` single operations."""
+    expert = row.module.startswith(("experts.", "shared_experts."))
+    if row.use != "kept" or recompute == "none" or (recompute == "attend" and expert):
+        return row
+    stays = row.tensor == "SwiGLU input" or row.module in (ROUTED, AFTER_ATTENTION)
+    if recompute == "report" and stays:
+        if precision.elsewhere and row.module == AFTER_ATTENTION:
+            size = model.num_attention_heads * model.v_head_dim * BITS[precision.wide] / 8
+            return replace(row, format=precision.wide, tile="-", scale="-", bytes=size, note="the attention kernel's")
+        return row
+    return replace(row, use="again")
 
 
 def _layer(model: ModelConfig, precision: Precision, *, layer: str, moe: bool) -> list[Row]:
@@ -133,9 +162,11 @@ def _linear(model: ModelConfig, precision: Precision, layer: str, name: str, sha
         return Row(layer, name, "weight", use, format, tile, scale, "all", stack * each, note)
 
     if precision.precision != "fp8":
+        swiglu = [row("SwiGLU input", "kept", 2 * inputs, wide, "-")] if name.endswith("down_proj") else []
         return [
             weight("Fprop, Dgrad", wide, "-", ""),
             row("input", "Fprop", inputs, wide, "-"),
+            *swiglu,
             row("input", "kept", inputs, wide, "-"),
             row("output", "Fprop", outputs, wide, "-"),
             row("gradient", "Dgrad, Wgrad", outputs, wide, "-"),
@@ -158,7 +189,7 @@ def _kept(precision: Precision, name: str, row: Callable[..., Row], inputs: int)
         yield row("SwiGLU input", "kept", 2 * inputs, "E4M3", "1x128", "the output is computed again")
         yield row("input", "Wgrad", inputs, "E4M3", "128x1", "from the recomputed output")
         return
-    cache = fp8.attention_cache if name == "o_proj" else fp8.input_cache
+    cache = fp8.attention_cache if name == AFTER_ATTENTION else fp8.input_cache
     if name.endswith("down_proj"):
         yield row("SwiGLU input", "kept", 2 * inputs, precision.wide, "-")
     kept = {"fp8": ("E4M3", "1x128"), "wide": ("E4M3", "128x1"), "e5m6": ("E5M6", "1x128")}[cache]

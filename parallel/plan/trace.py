@@ -26,6 +26,10 @@ _PATTERNS = (
     ("elementwise", r""),
 )
 _GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
+_WHAT_WORKS = (
+    "record one with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) and its export_chrome_trace, or leave "
+    "--trace out: DeepSeek's published one then calibrates"
+)
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,11 @@ def _kernels(path: Path) -> tuple[list[dict[str, Any]], str]:
     try:
         tree = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise HardwareError(f"{path}: not a profiler trace: {error}; torch.profiler's export_chrome_trace") from error
+        raise HardwareError(f"{path}: not a profiler trace: {error}; {_WHAT_WORKS}") from error
     events = tree.get("traceEvents") if isinstance(tree, dict) else None
     found = [e for e in events or () if isinstance(e, dict) and e.get("cat") in _GPU_EVENTS and e.get("dur")]
     if not found:
-        raise HardwareError(
-            f"{path}: no GPU kernels in it: record with torch.profiler.ProfilerActivity.CUDA and export_chrome_trace"
-        )
+        raise HardwareError(f"{path}: not a profiler trace of a GPU, no kernels in it; {_WHAT_WORKS}")
     devices = tree.get("deviceProperties") or [{}]
     return found, str(devices[0].get("name", "unknown GPU"))
 

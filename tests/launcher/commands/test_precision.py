@@ -16,6 +16,7 @@ from model.counts import block_shapes
 from model.fp8.apply import apply_fp8, fp8_linears
 from model.fp8.config import FP8Config
 from model.fp8.linear import FP8Layer
+from model.fp8.memory import kept_by_layer
 from model.fp8.precision_map import Precision, precision_map
 from model.transformer import Transformer
 from tests.launcher.spine import MODEL
@@ -43,6 +44,34 @@ def test_json_has_every_row(capsys: Any) -> None:
     run = compose(["experiment=tiny", "train.precision=fp8"])
     assert len(found["rows"]) == len(precision_map(run.model, chosen(run)))
     assert {"layer", "module", "tensor", "use", "format", "tile", "scale", "per", "bytes"} <= found["rows"][0].keys()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(("level", "kept"), [
+    ("none", {"q_a_proj", "o_proj", "shared_experts.down_proj", "experts.gate_up_proj", "experts.down_proj"}),
+    ("report", {"o_proj", "shared_experts.down_proj", "experts.gate_up_proj", "experts.down_proj"}),
+    ("attend", {"shared_experts.down_proj", "experts.gate_up_proj", "experts.down_proj"}),
+    ("layer", set()),
+])  # fmt: skip
+def test_what_is_recomputed_is_not_shown_as_kept(precision: str, level: str, kept: set[str]) -> None:
+    rows = [r for r in precision_map(MODEL, Precision(precision, FP8Config()), level) if r.layer == "MoE layer"]
+    stays, again = ({r.module for r in rows if r.use == use} for use in ("kept", "again"))
+    assert kept <= stays and (level == "none") != bool(again)
+    assert ("attention q, k, v" in {r.tensor for r in rows if r.use == "again"}) == (level != "none")
+    assert not ({"q_a_proj", "kv_a_proj_with_mqa"} & stays and again)
+    if level == "report":  # the SwiGLU's input stays, its output does not
+        down = {(r.tensor, r.use) for r in rows if r.module == "experts.down_proj"}
+        assert ("SwiGLU input", "kept") in down and ("input", "kept") not in down
+        formula = {k.what: k.per_token for k in kept_by_layer(MODEL, Precision(precision, FP8Config()), moe=True,
+                                                             recompute="report")}  # fmt: skip
+        assert all(formula[f"{r.module} {r.tensor}"] == r.bytes for r in rows if r.use == "kept" and r.module)
+
+
+def test_the_table_says_what_is_computed_again(capsys: Any) -> None:
+    assert main(["precision", "experiment=tiny", "train.precision=fp8", "parallel.recompute=report"]) == 0
+    said = capsys.readouterr().out
+    assert "parallel.recompute=report" in said and max(map(len, said.splitlines())) <= 80
+    assert any(line.split()[:4] == ["input", "again", "E4M3", "1x128"] for line in said.splitlines())
 
 
 def fp8_modules(model: ModelConfig, fp8: FP8Config) -> set[str]:

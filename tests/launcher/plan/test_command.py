@@ -43,7 +43,7 @@ def test_table_fits_80_columns_and_pictures_are_written(capsys, tmp_path):
     [
         (["experiment=tiny", "--cluster", "h80"], "did you mean h800?"),
         (["experiment=tiny", "--cluster", "missing.yaml"], "missing.yaml"),
-        (["experiment=tiny", "--trace", "pyproject.toml"], "not a profiler trace"),
+        (["experiment=tiny", "--trace", "pyproject.toml"], "or leave --trace out"),
         (["experiment=tiny", "parallel.expert=3"], "parallel.expert=3 does not divide"),
         (["experiment=tiny", "parallel.data=6", "train.global_batch_size=48"],
          "12 GPUs are not whole nodes of 8 H800: use 8 or 16"),

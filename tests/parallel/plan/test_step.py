@@ -60,6 +60,13 @@ def test_what_does_not_fit_is_bound_by_memory_and_told_what_would():
     assert all(change.step_seconds > 0 for change in changes(found))
 
 
+def test_three_changes_that_help_and_each_does():
+    found = plan(v3())
+    best = changes(found)
+    assert len(best) == 3 and best == sorted(best, key=lambda c: -c.saved_seconds)
+    assert all(0 < c.step_seconds < found.step_seconds for c in best)
+
+
 def test_a_slower_network_makes_it_bound_by_the_all_to_all():
     slow = replace(small().hardware, ib_bytes_per_second=5e9, nvlink_bytes_per_second=5e9, memory_bytes=1e12)
     assert bound_by(plan(small(hardware=slow))) == "all_to_all"
