@@ -8,7 +8,7 @@ from parallel.pipeline.split import SplitError
 from parallel.plan.cost import StageCosts
 from parallel.plan.job import Job
 from parallel.plan.kernels import Machine
-from parallel.plan.layers import ALL_TO_ALL_SMS, layer_bill
+from parallel.plan.layers import layer_bill
 from parallel.plan.step import Plan, estimate
 
 # Classes of kernels that somebody could make faster, as users call them.
@@ -106,7 +106,7 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     if parallel.expert > job.hardware.gpus_per_node:
         faster = replace(job.hardware, ib_bytes_per_second=2 * job.hardware.ib_bytes_per_second)
         yield "twice the InfiniBand bandwidth", replace(job, hardware=faster)
-    machine = Machine(job.hardware, job.hardware.num_sms - ALL_TO_ALL_SMS, job.calibration)
+    machine = Machine.beside_all_to_all(job.hardware, job.calibration, expert=parallel.expert)
     bill = layer_bill(job.shape(), machine, moe=True)
     largest = max(COMPUTED, key=bill.kind)
     factors = {**job.calibration.factors, largest: FASTER * job.calibration.factor(largest)}

@@ -7,8 +7,8 @@ from parallel.pipeline.overlap import Placed
 from parallel.pipeline.phase_costs import LayerCosts, PhaseCosts
 from parallel.pipeline.simulate_phases import PhaseTimeline
 from parallel.plan.hardware import Hardware
-from parallel.plan.kernels import Calibration, Machine
-from parallel.plan.layers import ALL_TO_ALL_SMS, DEEPEP_SMS, PHASES, LayerShape, layer_bill, transfers
+from parallel.plan.kernels import ALL_TO_ALL_SMS, DEEPEP_SMS, Calibration, Machine
+from parallel.plan.layers import PHASES, LayerShape, layer_bill, transfers
 
 _BY_HALF = ("experts", "experts_grad", "dispatch", "combine", "dispatch_grad", "combine_grad")
 
@@ -157,7 +157,7 @@ def price(
     bare: bool = False,
 ) -> StageCosts:
     """Costs of a schedule's stages. A calibration holds under overlap: alone, only its compute classes are used."""
-    busy = Machine(hardware, hardware.num_sms - (ALL_TO_ALL_SMS if shape.expert > 1 else 0), calibration)
+    busy = Machine.beside_all_to_all(hardware, calibration, expert=shape.expert)
     compute = {k: v for k, v in calibration.factors.items() if k not in ("dispatch", "combine")}
     idle = Machine(hardware, hardware.num_sms, replace(calibration, factors=compute))
     hop = shape.tokens * shape.model.hidden_size * 2 / hardware.ib_bytes_per_second

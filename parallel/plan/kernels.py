@@ -19,6 +19,7 @@ ATTENTION_SHARE, ATTENTION_GRAD_SHARE = 0.56, 0.44  # causal, 4K, head 128: 550 
 HBM_SHARE = 0.8
 LAUNCH_SECONDS = 2e-6  # of a short kernel
 LINK_SHARE = 0.85  # DeepEP's published times against parallel.expert.cost on the bare links: 0.77 to 0.89
+DEEPEP_SMS, ALL_TO_ALL_SMS = 24, 20  # of DeepEP's published times; beside computation, report section 3.2.2
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Machine:
     hardware: Hardware
     num_sms: int
     calibration: Calibration = field(default_factory=Calibration)
+
+    @classmethod
+    def beside_all_to_all(cls, hardware: Hardware, calibration: Calibration | None = None, *, expert: int) -> "Machine":
+        """What computes while experts over `expert` ranks exchange rows; calibration None: first principles.
+
+        A machine that would have fewer SMs left than it gives away, such as a CPU, keeps all of them.
+        """
+        gives = expert > 1 and hardware.num_sms >= 2 * ALL_TO_ALL_SMS
+        return cls(hardware, hardware.num_sms - (ALL_TO_ALL_SMS if gives else 0), calibration or Calibration())
 
     @property
     def sm_share(self) -> float:

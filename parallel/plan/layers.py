@@ -11,7 +11,8 @@ from functools import lru_cache
 from model.config import ModelConfig
 from parallel.expert.cost import Traffic, Workload, traffic
 from parallel.expert.reach import Gate
-from parallel.plan.kernels import LINK_SHARE, Bill, Machine
+from parallel.plan.kernels import ALL_TO_ALL_SMS as ALL_TO_ALL_SMS  # beside DEEPEP_SMS for whoever prices transfers
+from parallel.plan.kernels import DEEPEP_SMS, LINK_SHARE, Bill, Machine
 
 PHASES = ("attend", "shared", "experts", "attend_grad", "shared_grad", "experts_grad")
 
@@ -240,6 +241,3 @@ def latent_bytes(shape: LayerShape) -> float:
 def balanced_traffic(workload: Workload, way: str) -> Traffic:
     """`parallel.expert.cost.traffic`, whose integrals take a while, once for each question."""
     return traffic(workload, way=way)
-
-
-DEEPEP_SMS, ALL_TO_ALL_SMS = 24, 20

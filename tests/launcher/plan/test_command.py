@@ -38,6 +38,26 @@ def test_table_fits_80_columns_and_pictures_are_written(capsys, tmp_path):
     assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
 
 
+@pytest.mark.parametrize("threads", [1, 20])
+def test_no_time_on_a_cpu_is_below_zero(capsys, tmp_path, threads):
+    """A cluster as `expertpipe bench kernels` writes it, with fewer threads than a GPU's all-to-all takes SMs."""
+    flops = {"bf16_flops": 1e11, "fp8_flops": 1e11}
+    links = dict.fromkeys(("nvlink_bytes_per_second", "ib_bytes_per_second", "host_bytes_per_second"), 1e10)
+    numbers = {
+        "num_sms": threads, **flops, "hbm_bytes_per_second": 2e10, "memory_bytes": 1e11, **links, "gpus_per_node": 8,
+        "dollars_per_gpu_hour": 0.0,
+    }  # fmt: skip
+    cluster, factors = tmp_path / "cpu.yaml", tmp_path / "kernels.json"
+    lines = ["name: CPU", *(f"{key}: {{value: {value!r}, source: test}}" for key, value in numbers.items())]
+    cluster.write_text("\n".join(lines))
+    factors.write_text(json.dumps({"source": "test", "factors": {"grouped_gemm": 2.0, "linear_gemm": 1.5}}))
+    words = ["plan", "experiment=tiny", "--cluster", str(cluster), "--calibration", str(factors), "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(seconds >= 0 for seconds in found["phases_seconds"].values()), found["phases_seconds"]
+    assert found["phases_seconds"]["1F1B"] > 0 and 0 < found["mfu_causal"] < 1
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

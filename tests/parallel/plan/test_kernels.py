@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from parallel.plan.kernels import Calibration, Machine
@@ -46,3 +48,13 @@ def test_bf16_takes_twice_the_time():
     machine = Machine(h800(), 132)
     one, two = (machine.gemm(4096, 4096, 16384, fp8=fp8) for fp8 in (True, False))
     assert 1.9 < two / one < 2.1
+
+
+@pytest.mark.parametrize(
+    ("there", "expert", "left"), [(132, 64, 112), (132, 1, 132), (40, 2, 20), (20, 2, 20), (1, 2, 1)]
+)
+def test_the_all_to_all_takes_sms_only_where_there_are_enough(there, expert, left):
+    """A CPU's threads are its SMs: 20 fewer were none, or less."""
+    hardware = replace(h800(), num_sms=there)
+    machine = Machine.beside_all_to_all(hardware, expert=expert)
+    assert machine.num_sms == left and machine.gemm(64, 64, 64, fp8=False) > 0

@@ -1,8 +1,8 @@
 import pytest
 
 from parallel.expert.cost import Links, seconds
-from parallel.plan.kernels import LINK_SHARE, Machine
-from parallel.plan.layers import DEEPEP_SMS, PHASES, layer_bill, transfers
+from parallel.plan.kernels import DEEPEP_SMS, LINK_SHARE, Machine
+from parallel.plan.layers import PHASES, layer_bill, transfers
 from tests.parallel.plan.jobs import h800, v3_layer
 
 
