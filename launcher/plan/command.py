@@ -97,6 +97,8 @@ def as_tree(found: Plan, cost: Hours, helps: list[Change]) -> dict[str, Any]:
         "mfu_full": found.mfu_full,
         "memory_bytes_per_rank": [memory.total for memory in found.memory],
         "memory_by_kind": [memory.rows() for memory in found.memory],
+        "host_bytes_per_rank": [memory.host.total for memory in found.memory],
+        "host_by_kind": [memory.host.rows() for memory in found.memory],
         "fullest_rank": found.fullest_rank,
         "fits": found.fits,
         "gpu_hours": cost.total,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from launcher.check.packages import GPU_KERNELS
 from launcher.check.run import checked
 from launcher.config import ConfigError, RunConfig
 from launcher.step_plan import StepPlan
@@ -111,6 +112,9 @@ def of_config(config: RunConfig, hardware: Hardware) -> Job:
         ramp=tuple((s.step.batch, float(s.end_tokens - s.first_tokens)) for s in growing),
         moments_bytes=2 if config.optim.moments == "bf16" else 4,
         fp8=config.fp8,
+        offload=config.optim.offload,
+        to_offload="optim.offload=true" + (" optim.adamw=torch_fused" if config.optim.adamw in GPU_KERNELS else ""),
+        ema=config.optim.ema_decay > 0,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.plan.text import KINDS, TIMES, bound_line, change_line, cost_line, memory_rows, time_rows
+from launcher.plan.text import KINDS, TIMES, bound_line, change_line, cost_line, host_lines, memory_rows, time_rows
 from launcher.plan.units import seconds, size
 from launcher.show.schedule_picture import spans, ways
 from launcher.show.timeline_html import timeline_html
@@ -76,6 +76,7 @@ def _table(title: str, rows: Sequence[tuple[str, str, float]]) -> str:
 
 def _words(found: Plan, cost: Hours, helps: list[Change]) -> str:
     said = f"<div><h2>The run</h2><p>{html.escape(cost_line(found, cost))}</p><p>{html.escape(bound_line(found))}</p>"
+    said += "".join(f"<p>{html.escape(line)}</p>" for line in host_lines(found))
     if helps:
         items = "".join(f"<li>{html.escape(change_line(found, change))}</li>" for change in helps)
         said += f"<h2>What would help most, each change planned by itself</h2><ul>{items}</ul>"

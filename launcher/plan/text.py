@@ -84,7 +84,18 @@ def _memory(found: Plan) -> list[str]:
         lines.append(f"  {KINDS[kind]:<24}{size(value):>12} {value / limit:6.1%} {bar(value / limit)}")
     totals = [f"{rank.total / 2**30:.1f}" for rank in found.memory]
     lines += wrapped("every pipeline rank, GiB: " + " ".join(totals))
-    return lines
+    return lines + [part for line in host_lines(found) for part in wrapped(line)]
+
+
+def host_lines(found: Plan) -> list[str]:
+    """What the rank that keeps most in host memory has there, and its node; none where nothing is."""
+    rank = max(range(len(found.memory)), key=lambda rank: found.memory[rank].host.total)
+    host = found.memory[rank].host
+    if not host.total:
+        return []
+    kinds = "; ".join(f"{KINDS[kind]} {size(value)}" for kind, value in host.rows().items() if value)
+    ranks = min(found.job.num_gpus, found.job.hardware.gpus_per_node)
+    return [f"host memory of pipeline rank {rank}: {kinds}; {size(ranks * host.total)} on a node of {ranks} such ranks"]
 
 
 def memory_rows(found: Plan) -> list[tuple[str, float]]:

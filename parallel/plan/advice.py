@@ -91,6 +91,8 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
             yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
+    if not fits and not job.offload:
+        yield job.to_offload, replace(job, offload=True)
     here = RECOMPUTE.index(parallel.recompute)
     for level in RECOMPUTE[here + 1 :] if not fits else RECOMPUTE[:here]:  # less is faster, more is smaller
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)

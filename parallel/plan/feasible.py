@@ -4,12 +4,12 @@ import math
 
 from model.counts import block_shapes
 from parallel.expert.placement import Placement
-from parallel.pipeline.schedules import ScheduleError, build
+from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.advice import candidates
 from parallel.plan.hardware import HardwareError, check_cluster
 from parallel.plan.job import Job
-from parallel.plan.memory import layer_kept_bytes, memory_of, setting_of
+from parallel.plan.memory import layer_kept_bytes, of_job, setting_of
 
 
 def problems(job: Job) -> list[str]:
@@ -38,30 +38,21 @@ def memory_problems(job: Job) -> list[str]:
         f"{job.parallel.recompute}): "
     )
     for what, other in candidates(job, fits=False):
+        if other.hardware is not job.hardware or other.global_batch_size != job.global_batch_size:
+            continue
         try:
             most = max(_peaks(other))
         except (ScheduleError, SplitError):
             continue
-        if most <= limit and other.hardware is job.hardware and other.global_batch_size == job.global_batch_size:
+        if most <= limit:
             return [f"{found}use {what}, which holds {size(most)}"]
     return [f"{found}no single change makes it fit; expertpipe plan --search looks at all layouts"]
 
 
 def _peaks(job: Job) -> list[float]:
     """Bytes of every pipeline rank; of a step no longer than its memory needs to reach its peak."""
-    parallel = job.parallel
-    number = min(job.num_microbatches, 2 * parallel.pipeline + 2)
-    if job.num_microbatches % 2 == 0:
-        number += number % 2
-    schedule = build(
-        parallel.schedule, num_ranks=parallel.pipeline, num_microbatches=number,
-        stages_per_rank=parallel.stages_per_rank,
-    )  # fmt: skip
-    memory = memory_of(
-        job.shape(), parallel, schedule, job.stages(schedule),
-        precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
-    )  # fmt: skip
-    return [rank.total for rank in memory]
+    schedule = job.short_schedule()
+    return [rank.total for rank in of_job(job, schedule, job.stages(schedule))]
 
 
 def _nodes(job: Job) -> None:

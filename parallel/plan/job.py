@@ -6,7 +6,7 @@ from model.config import ModelConfig
 from model.fp8.config import DEFAULT_FP8, FP8Config
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.schedules import build
+from parallel.pipeline.schedules import build, is_file
 from parallel.pipeline.split import split_layers
 from parallel.plan.hardware import Hardware
 from parallel.plan.kernels import Calibration
@@ -23,7 +23,8 @@ class Job:
     tokens: of the whole of it. moments_bytes: of an optimizer moment's element. bare: see `cost.StageCosts`. cut: ranks
     that would share each sequence (for what a longer context takes; the engine does not cut sequences). ramp: smaller
     batches before the constant one, each with the tokens seen in it, where the configuration has them.
-    fp8: its back end and what it keeps.
+    fp8: its back end and what it keeps. offload: masters and moments in host memory; to_offload: the overrides that
+    would put them there. ema: an average of the weights is kept there.
     """
 
     model: ModelConfig
@@ -40,6 +41,9 @@ class Job:
     cut: int = 1
     ramp: tuple[tuple[int, float], ...] = ()
     fp8: FP8Config = DEFAULT_FP8
+    offload: bool = False
+    to_offload: str = "optim.offload=true"
+    ema: bool = False
 
     @property
     def num_gpus(self) -> int:
@@ -69,12 +73,26 @@ class Job:
 
     def schedule(self) -> Schedule:
         """The very one that will run."""
+        return self._build(self.num_microbatches)
+
+    def _build(self, num_microbatches: int) -> Schedule:
         return build(
             self.parallel.schedule,
             num_ranks=self.parallel.pipeline,
-            num_microbatches=self.num_microbatches,
+            num_microbatches=num_microbatches,
             stages_per_rank=self.parallel.stages_per_rank,
         )
+
+    @property
+    def settles(self) -> bool:
+        """Whether time and memory of a long step follow from a short one: gpipe holds all of it, a file is as it is."""
+        return self.parallel.schedule != "gpipe" and not is_file(self.parallel.schedule)
+
+    def short_schedule(self) -> Schedule:
+        """With as many micro-batches as its memory needs to reach its peak."""
+        short = 2 * self.parallel.pipeline + 2
+        number = min(self.num_microbatches, short) if self.settles else self.num_microbatches
+        return self._build(number)
 
     def stages(self, schedule: Schedule) -> tuple[range, ...]:
         """Layers of each stage, as the run splits them."""

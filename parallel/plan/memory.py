@@ -16,6 +16,7 @@ from model.fp8.precision_map import WIDE, Precision
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Action, Pair, Schedule, parts
 from parallel.pipeline.overlap import halves_of
+from parallel.plan.job import Job
 from parallel.plan.layers import LayerShape, balanced_traffic
 from parallel.plan.live import KINDS, Setting, Stage, Swing, UnderWay, fronts, parts_of
 from parallel.plan.swing import Acting, swing_of
@@ -33,11 +34,34 @@ GPU_LOGITS_BYTES, CPU_LOGITS_BYTES = 256 << 20, 4 << 20  # FP32 logits at a time
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one GPU by kind, at the moment when it holds most.
+class HostMemory:
+    """Bytes of one rank in its machine's memory, pinned where it has a GPU; checkpoints under way come on top.
 
-    ema: on the GPU, 0 as it is kept on the host. activations: kept for the backward or for a weight gradient; working:
-    of the phase that computes then; buffers: rotations, routers, AdamW's scratch, tokens.
+    With `optim.offload` masters, moments and a copy of the reduced gradients. ema: the average of the weights and the
+    buffer through which the masters reach it (`optim.ema`).
+    """
+
+    masters: float = 0.0
+    gradients: float = 0.0
+    moments: float = 0.0
+    ema: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.rows().values())
+
+    def rows(self) -> dict[str, float]:
+        """By kind."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one GPU by kind, at the moment when it holds most; host: beside it, in the machine's memory.
+
+    masters, moments: 0 where they are on the host. ema: on the GPU, always 0. activations: kept for the backward or for
+    a weight gradient; working: of the phase that computes then; buffers: rotations, routers, AdamW's scratch, tokens.
     """
 
     weights: float
@@ -52,15 +76,16 @@ class RankMemory:
     buffers: float
     nccl: float
     margin: float
+    host: HostMemory = HostMemory()
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        """All of the GPU's."""
+        return sum(self.rows().values())
 
     def rows(self) -> dict[str, float]:
-        """By kind."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        """By kind, the host's left out."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "host"}
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,14 @@ def layer_kept_bytes(setting: Setting, *, moe: bool) -> float:
     return sum(part.kept for part in parts_of(setting, moe=moe).values())
 
 
+def of_job(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> tuple[RankMemory, ...]:
+    """`memory_of` a run; schedule: its own, or one of fewer micro-batches."""
+    return memory_of(
+        job.shape(), job.parallel, schedule, stages,
+        precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8, offload=job.offload, ema=job.ema,
+    )  # fmt: skip
+
+
 def memory_of(
     shape: LayerShape,
     parallel: ParallelConfig,
@@ -162,17 +195,23 @@ def memory_of(
     moments_bytes: int = 2,
     fp8: FP8Config = DEFAULT_FP8,
     on_cpu: bool = False,
+    offload: bool = False,
+    ema: bool = False,
 ) -> tuple[RankMemory, ...]:
     """Every pipeline rank's memory; ranks of one pipeline position are alike under a balanced gate.
 
     precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps a rounded copy of the weights beside BF16.
-    moments_bytes: of an element of each of the two moments. on_cpu: with gloo and the CPU's scratch memory.
+    moments_bytes: of an element of each of the two moments. on_cpu: with gloo and the CPU's scratch memory. offload,
+    ema: masters and moments, an average of the weights in host memory.
     """
     setting = setting_of(shape, parallel, precision=precision, fp8=fp8, on_cpu=on_cpu)
     walk = Walk(schedule, stages, setting, level=parallel.overlap if parallel.expert > 1 else "off")
     found = []
     for rank, held in enumerate(holdings(shape.model, parallel, schedule, stages)):
         bytes_by_kind = _held_bytes(held, setting, moments_bytes=moments_bytes)
+        host = _host_bytes(held, moments_bytes=moments_bytes, offload=offload, ema=ema)
+        if offload:
+            bytes_by_kind["masters"] = bytes_by_kind["moments"] = 0.0
         peak = walk.peak(rank)
         bytes_by_kind["buffers"] = _buffer_bytes(shape.model, [stages[s] for s in schedule.stages_of(rank)], held)
         bytes_by_kind["buffers"] += schedule.num_microbatches * (shape.tokens + 1) * INT64
@@ -181,7 +220,7 @@ def memory_of(
         bytes_by_kind["all_to_all"] = peak["travelling"]
         bytes_by_kind["p2p"] = peak["messages"]
         allocated = sum(bytes_by_kind.values())
-        found.append(RankMemory(**bytes_by_kind, ema=0.0, nccl=NCCL_BYTES, margin=MARGIN * allocated))
+        found.append(RankMemory(**bytes_by_kind, ema=0.0, nccl=NCCL_BYTES, margin=MARGIN * allocated, host=host))
     return tuple(found)
 
 
@@ -200,6 +239,13 @@ def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: i
         "masters": 0 if precision.precision == "fp32" else shards * 4,
         "moments": shards * 2 * moments_bytes,
     }
+
+
+def _host_bytes(held: tuple[Holding, ...], *, moments_bytes: int, offload: bool, ema: bool) -> HostMemory:
+    """As `parallel.zero1.Bucket` and `optim.ema` allocate it."""
+    shards = sum(_shard(h) for h in held)
+    kept = (shards * 4, shards * 4, shards * 2 * moments_bytes) if offload else (0, 0, 0)
+    return HostMemory(*kept, ema=shards * 2 * 4 if ema else 0)
 
 
 def _buffer_bytes(model: ModelConfig, stages: list[range], held: tuple[Holding, ...]) -> float:

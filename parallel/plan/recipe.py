@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from parallel.pipeline.simulate_phases import simulate_phases
 from parallel.plan.cost import price
 from parallel.plan.job import Job
-from parallel.plan.memory import memory_of
+from parallel.plan.memory import of_job
 from parallel.plan.step import Plan, estimate
 
 RAMP_TOKENS = 469e9  # report section 4.2: 3,072 to 15,360 sequences in the first 469B tokens, steps not published
@@ -79,10 +79,7 @@ def extension(plan: Plan, length: int, sequences: int) -> Job:
     longer = replace(job, sequence_length=length, global_batch_size=sequences, ramp=())
     for cut in cuts or [1]:
         longer = replace(longer, cut=cut)
-        memory = memory_of(
-            longer.shape(), longer.parallel, longer.schedule(), plan.stages,
-            precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
-        )  # fmt: skip
+        memory = of_job(longer, longer.short_schedule(), plan.stages)
         if max(rank.total for rank in memory) <= job.hardware.memory_bytes:
             break
     return longer

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.schedules import ScheduleError, build
+from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.advice import RECOMPUTE, estimate
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
 from parallel.plan.job import Job
-from parallel.plan.memory import holdings, memory_of
+from parallel.plan.memory import holdings, of_job
 from parallel.plan.step import end_of_step
 
 SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
@@ -150,17 +150,13 @@ def _illegal(job: Job) -> tuple[str, str] | None:
 
 def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
     """The job with the least recomputation that fits."""
-    schedule = short_schedule(job)
+    schedule = job.short_schedule()
     stages = job.stages(schedule)
     limit = job.hardware.memory_bytes
     least = _states_bytes(job, schedule, stages)
     for level in RECOMPUTE if least <= limit else ():
         other = job.with_parallel(recompute=level)
-        memory = memory_of(
-            other.shape(), other.parallel, schedule, stages,
-            precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
-        )  # fmt: skip
-        least = max(rank.total for rank in memory)
+        least = max(rank.total for rank in of_job(other, schedule, stages))
         if least <= limit:
             yield Candidate(other, least, weigh(other, schedule, stages))
             return
@@ -172,16 +168,9 @@ def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[C
 def _states_bytes(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
     """Weights, gradients, masters and moments of the fullest rank, which whatever it computes comes on top of."""
     element = 4 if job.precision == "fp32" else 2
-    shard = 4 + 2 * job.moments_bytes
+    shard = 0 if job.offload else (0 if job.precision == "fp32" else 4) + 2 * job.moments_bytes
     held = holdings(job.model, job.parallel, schedule, stages)
     return max(sum(h.parameters * (element + 4 + shard / h.group) for h in rank) for rank in held)
-
-
-def short_schedule(job: Job) -> Schedule:
-    """With as many micro-batches as its memory needs to reach its peak."""
-    parallel = job.parallel
-    number = min(job.num_microbatches, 2 * parallel.pipeline + 2)
-    return build(parallel.schedule, num_ranks=parallel.pipeline, num_microbatches=number)
 
 
 def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:

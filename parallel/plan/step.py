@@ -8,7 +8,7 @@ from parallel.pipeline.simulate_phases import PhaseTimeline, simulate_phases
 from parallel.plan.cost import Split, StageCosts, price, split_of
 from parallel.plan.job import Job
 from parallel.plan.kernels import HBM_SHARE, LINK_SHARE
-from parallel.plan.memory import Holding, RankMemory, fullest, holdings, memory_of
+from parallel.plan.memory import Holding, RankMemory, fullest, holdings, of_job
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class Plan:
 
 def plan(job: Job) -> Plan:
     """Plan a run that the launcher's checks have passed."""
+    found = _timed(job)
+    return replace(found, memory=of_job(job, found.schedule, found.stages))
+
+
+def _timed(job: Job) -> Plan:
+    """A plan without its memory."""
     schedule = job.schedule()
     stages, shape = job.stages(schedule), job.shape()
     level = job.parallel.overlap if job.parallel.expert > 1 else "off"
@@ -78,11 +84,7 @@ def plan(job: Job) -> Plan:
         optimizer=max(end.update for end in ends),
         exposed_communication=max(end.communication for end in ends),
     )
-    memory = memory_of(
-        shape, job.parallel, schedule, stages,
-        precision=job.precision, moments_bytes=job.moments_bytes, fp8=job.fp8,
-    )  # fmt: skip
-    return Plan(job, schedule, stages, costs, timeline, split, memory)
+    return Plan(job, schedule, stages, costs, timeline, split, ())
 
 
 def estimate(job: Job) -> tuple[float, bool]:
@@ -94,10 +96,11 @@ def estimate(job: Job) -> tuple[float, bool]:
     ranks, number = job.parallel.pipeline, job.num_microbatches
     low, high = 2 * ranks, 2 * ranks + 4
     samples = job.micro_batch_size * job.parallel.data
-    if number <= high or samples * low % job.cut or samples * high % job.cut:
+    if not job.settles or number <= high or samples * low % job.cut or samples * high % job.cut:
         whole = plan(job)
         return whole.step_seconds, whole.fits
-    short, longer = (plan(replace(job, global_batch_size=samples * n // job.cut)) for n in (low, high))
+    short, longer = (make(replace(job, global_batch_size=samples * n // job.cut))
+                     for make, n in ((_timed, low), (plan, high)))  # fmt: skip
     slope = (longer.step_seconds - short.step_seconds) / (high - low)
     return longer.step_seconds + (number - high) * slope, longer.fits
 
@@ -112,6 +115,10 @@ class EndOfStep:
 
 def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
     """Reduce-scatter of FP32 gradients, AdamW on the shard, all-gather of weights; nothing of it hidden.
+
+    With masters in host memory reduced gradients cross PCIe, and rounded weights back; the update is taken to run at
+    PCIe's rate too, near which a GPU's share of its machine's memory lies. For an average of the weights the masters
+    are copied there; the averaging is beside the next step.
 
     A group of more ranks than a node is taken to use all adapters of its nodes (rings through every adapter), so that
     NVLink bounds it; the experts' groups have one rank on a node, each with one adapter.
@@ -128,5 +135,12 @@ def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
         shard = h.parameters / h.group
         # masters, moments and gradients read, the first two written; gradients cleared, norms read
         moved = shard * (3 * 4 + 4 * job.moments_bytes) + h.parameters * (4 + element) + shard * 4
+        host = 0.0
+        if job.offload:
+            moved = h.parameters * (4 + element) + shard * 4
+            host = shard * (3 * 4 + 4 * job.moments_bytes) + shard * (4 + element)
+        if job.ema:
+            host += shard * (2 * 4 if job.offload else 4)
         update += moved / (HBM_SHARE * hardware.hbm_bytes_per_second)
+        update += host / (LINK_SHARE * hardware.host_bytes_per_second)
     return EndOfStep(update, travel)

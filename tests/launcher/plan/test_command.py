@@ -27,6 +27,23 @@ def test_json_of_a_run(capsys):
     assert len(found["memory_bytes_per_rank"]) == 2 and found["fits"]
 
 
+def test_what_lies_in_host_memory_is_told(capsys):
+    words = ["plan", *TINY, "optim.offload=true", "optim.ema_decay=0.999"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for kinds, host, total in zip(
+        found["memory_by_kind"], found["host_by_kind"], found["host_bytes_per_rank"], strict=True
+    ):
+        assert kinds["masters"] == kinds["moments"] == 0 and "host" not in kinds
+        assert all(host.values()) and set(host) == {"masters", "gradients", "moments", "ema"}
+        assert sum(host.values()) == total
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("host memory of pipeline rank") for line in lines) and max(map(len, lines)) <= 80
+    assert main(["plan", *TINY]) == 0
+    assert "host memory" not in capsys.readouterr().out
+
+
 def test_table_fits_80_columns_and_pictures_are_written(capsys, tmp_path):
     html, trace = tmp_path / "plan.html", tmp_path / "plan.json"
     assert main(["plan", *TINY, "--html", str(html), "--perfetto", str(trace)]) == 0

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 
 from model.counts import counts
 from parallel.plan.live import KINDS, Stage
-from parallel.plan.memory import holdings, memory_of, setting_of, stages_of
+from parallel.plan.memory import MARGIN, holdings, memory_of, of_job, setting_of, stages_of
 from parallel.plan.swing import Acting, swing_of
 from tests.parallel.plan.jobs import V3, small, v3
 
@@ -97,6 +98,35 @@ def test_recomputing_more_keeps_less():
         setting = setting_of(job.shape(), job.parallel, precision="bf16", fp8=job.fp8)
         kept.append(swings(setting, range(0, 3))["F"].after["kept"])
     assert kept == sorted(kept, reverse=True) and kept[2] < 0.5 * kept[0]
+
+
+def test_offload_moves_masters_and_moments_to_the_host():
+    job = small()
+    schedule, stages = parts(job)
+    here, there, average = (of_job(replace(job, **changes), schedule, stages)[0]
+                            for changes in ({}, {"offload": True}, {"ema": True}))  # fmt: skip
+    assert (there.masters, there.moments) == (0, 0) and here.host.total == 0
+    assert (there.host.masters, there.host.moments) == (here.masters, here.moments)
+    assert there.host.gradients == here.masters  # reduced, FP32
+    assert here.total - there.total == pytest.approx((1 + MARGIN) * (here.masters + here.moments))
+    assert average.total == here.total and average.host.rows()["ema"] == average.host.total == 2 * here.masters
+
+
+def test_masters_of_an_fp32_run_are_its_weights_until_they_are_offloaded():
+    job = small(precision="fp32")
+    schedule, stages = parts(job)
+    here, there = (of_job(replace(job, offload=offload), schedule, stages)[0] for offload in (False, True))
+    assert here.masters == 0 and there.host.masters > 0 and there.weights == here.weights
+
+
+def test_a_short_schedule_peaks_as_the_whole_one():
+    for name in ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev", "dualpipe"):
+        job = small().with_parallel(schedule=name)
+        peaks = [
+            [rank.total for rank in of_job(job, schedule, job.stages(schedule))]
+            for schedule in (job.schedule(), job.short_schedule())
+        ]
+        assert peaks[1] == pytest.approx(peaks[0], rel=1e-4), name
 
 
 def test_zero1_shards_shrink_with_the_group():

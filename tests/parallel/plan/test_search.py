@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.plan.search import Rejections, _fitting, layouts, on_gpus, search, short_schedule, weigh
+from parallel.plan.search import Rejections, _fitting, layouts, on_gpus, search, weigh
 from parallel.plan.step import plan
 from tests.parallel.plan.jobs import small
 
@@ -56,5 +56,5 @@ def test_weighing_follows_the_simulation():
     """Within a fifth, which is what choosing the ones to simulate needs."""
     for name in ("1f1b", "zbv", "dualpipev", "dualpipe"):
         job = small().with_parallel(schedule=name)
-        schedule = short_schedule(job)
+        schedule = job.short_schedule()
         assert weigh(job, schedule, job.stages(schedule)) == pytest.approx(plan(job).step_seconds, rel=0.2)

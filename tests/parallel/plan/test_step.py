@@ -3,7 +3,10 @@ from dataclasses import fields, replace
 import pytest
 
 from parallel.pipeline.simulate_phases import simulate_phases
-from parallel.plan.advice import bound_by, changes, estimate
+from parallel.plan.advice import bound_by, candidates, changes, estimate
+from parallel.plan.feasible import memory_problems
+from parallel.plan.kernels import LINK_SHARE
+from parallel.plan.memory import holdings
 from parallel.plan.recipe import hours
 from parallel.plan.step import plan
 from tests.parallel.plan.jobs import small, v3
@@ -58,6 +61,35 @@ def test_what_does_not_fit_is_bound_by_memory_and_told_what_would():
     found = plan(small(hardware=tiny_gpu, precision="bf16"))
     assert bound_by(found) == "memory"
     assert all(change.step_seconds > 0 for change in changes(found))
+
+
+def test_offloaded_masters_take_their_time_over_pcie():
+    """Gradients out, weights in, and the update beside them; an average of the weights takes the masters' way out."""
+    job = small()
+    fast = replace(job.hardware, host_bytes_per_second=1e30)
+    here, free = plan(job).split.optimizer, plan(replace(job, offload=True, hardware=fast)).split.optimizer
+    there, average = (plan(replace(job, **{key: True})).split.optimizer for key in ("offload", "ema"))
+    slow = replace(job.hardware, host_bytes_per_second=job.hardware.host_bytes_per_second / 2)
+    slower = plan(replace(job, offload=True, hardware=slow)).split.optimizer
+    assert free < here < average < there and slower - free == pytest.approx(2 * (there - free))
+    held = max(sum(h.parameters / h.group for h in rank) for rank in holdings_of(job))
+    assert average - here == pytest.approx(4 * held / (LINK_SHARE * job.hardware.host_bytes_per_second), rel=0.05)
+
+
+def holdings_of(job):
+    schedule = job.schedule()
+    return holdings(job.model, job.parallel, schedule, job.stages(schedule))
+
+
+def test_offload_is_advised_where_it_makes_a_run_fit():
+    job = small(to_offload="optim.offload=true optim.adamw=torch_fused")
+    full = plan(job).memory[plan(job).fullest_rank]
+    tight = replace(job, hardware=replace(job.hardware, memory_bytes=full.total - full.moments))
+    words = [change.what for change in changes(plan(tight), most=9)]
+    assert "optim.offload=true optim.adamw=torch_fused" in words
+    assert any("use optim.offload=true" in line for line in memory_problems(tight))
+    assert not any("offload" in change.what for change in changes(plan(job), most=9))
+    assert not any("offload" in what for what, _ in candidates(replace(tight, offload=True), fits=False))
 
 
 def test_three_changes_that_help_and_each_does():
