@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.config import ConfigError
 from launcher.plan.inputs import job_of
-from parallel.plan.advice import Change, bound_by, changes
+from parallel.plan.advice import Change, assumptions, bound_by, changes
 from parallel.plan.recipe import Hours, hours
 from parallel.plan.step import Plan, plan
 
@@ -89,6 +89,7 @@ def as_tree(found: Plan, cost: Hours, helps: list[Change]) -> dict[str, Any]:
         "schedule": found.schedule.name,
         "layers_per_stage": [len(stage) for stage in found.stages],
         "calibration": job.calibration.source,
+        "assumed": assumptions(job),
         "step_seconds": found.step_seconds,
         "phases_seconds": found.split.rows(),
         "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,

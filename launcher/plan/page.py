@@ -9,7 +9,7 @@ from launcher.plan.text import KINDS, TIMES, bound_line, change_line, cost_line,
 from launcher.plan.units import seconds, size
 from launcher.show.schedule_picture import spans, ways
 from launcher.show.timeline_html import timeline_html
-from parallel.plan.advice import Change
+from parallel.plan.advice import Change, assumptions
 from parallel.plan.recipe import Hours
 from parallel.plan.step import Plan
 
@@ -80,4 +80,5 @@ def _words(found: Plan, cost: Hours, helps: list[Change]) -> str:
     if helps:
         items = "".join(f"<li>{html.escape(change_line(found, change))}</li>" for change in helps)
         said += f"<h2>What would help most, each change planned by itself</h2><ul>{items}</ul>"
+    said += "".join(f"<p>Assumed: {html.escape(line)}</p>" for line in assumptions(found.job))
     return said + f"<p>Kernels as in: {html.escape(found.job.calibration.source)}</p></div>"

@@ -3,7 +3,7 @@
 import textwrap
 
 from launcher.plan.units import count, days, dollars, gpu_hours, seconds, size
-from parallel.plan.advice import Change, bound_by, pair_work
+from parallel.plan.advice import Change, assumptions, bound_by, pair_work
 from parallel.plan.recipe import EXTENSIONS, Hours, has_ramp
 from parallel.plan.step import Plan
 
@@ -53,6 +53,7 @@ def _head(found: Plan) -> list[str]:
         f"a step: {job.num_microbatches} micro-batches of {job.micro_batch_size} x {job.sequence_length} tokens a "
         "pipeline",
         f"kernels as in: {job.calibration.source}",
+        *(f"assumed: {line}" for line in assumptions(job)),
     ]
     return [part for line in lines for part in wrapped(line)]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.cost import StageCosts
-from parallel.plan.job import Job
+from parallel.plan.job import Job, fp8_problem
 from parallel.plan.kernels import Machine
 from parallel.plan.layers import layer_bill
 from parallel.plan.step import Plan, estimate
@@ -75,11 +75,23 @@ def changes(found: Plan, *, most: int = 3) -> list[Change]:
     return sorted(useful, key=lambda c: (-c.fits, -c.saved_seconds))[:most]
 
 
+def assumptions(job: Job) -> list[str]:
+    """What the price of a step takes for granted of the run, a line each; empty where it takes it as it is."""
+    if job.precision != "fp8" or not job.emulates:
+        return []
+    said = f"fp8.backend={job.fp8.backend} is an emulation, priced as if its products ran in FP8 on tensor cores"
+    problem = fp8_problem(job.model)
+    if problem:
+        return [f"{said}, which they cannot: {problem}"]
+    return [f"{said}, for which set {' '.join(job.in_fp8().fp8_words(job))}"]
+
+
 def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     """Single changes of the configuration, the batch or the cluster; fits: whether the job does as it is."""
     parallel = job.parallel
-    if job.precision != "fp8":
-        yield "train.precision=fp8", replace(job, precision="fp8")
+    if job.precision != "fp8" and fp8_problem(job.model) is None:
+        narrow = job.in_fp8()
+        yield " ".join(["train.precision=fp8", *narrow.fp8_words(job)]), narrow
     if parallel.expert > 1:
         if parallel.dispatcher == "flat":
             yield "parallel.dispatcher=collective", job.with_parallel(dispatcher="collective")

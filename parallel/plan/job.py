@@ -1,9 +1,12 @@
 """What the planner is asked for: a run on a cluster, as plain values; and the plan it gives. No torch."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 from model.config import ModelConfig
-from model.fp8.config import DEFAULT_FP8, FP8Config
+from model.counts import parameter_shapes
+from model.fp8.config import DEFAULT_FP8, TRANSFORMER_ENGINE_MULTIPLE, FP8Config
+from model.fp8.precision_map import WIDE
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import build, is_file
@@ -14,6 +17,21 @@ from parallel.plan.layers import LayerShape
 
 WAYS = {"flat": "expert", "collective": "node", "native": "node", "native_host": "node", "deepep": "node"}
 PRECISIONS = ("fp8", "bf16", "fp32")
+# What an FP8 run on GPUs needs in place of an emulation's defaults (launcher/check/fp8.py).
+GPU_FP8 = {
+    "backend": "transformer_engine", "attention_cache": "wide", "input_cache": "wide", "recompute_swiglu": False,
+    "gradient_amax_floor": 0.0,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def fp8_problem(model: ModelConfig) -> str | None:
+    """The first weight whose sizes FP8 on tensor cores does not take; None where there is none."""
+    least = TRANSFORMER_ENGINE_MULTIPLE
+    for name, shape in parameter_shapes(model):
+        if len(shape) > 1 and not any(part in name for part in WIDE) and any(size % least for size in shape[-2:]):
+            return f"{name} is {' x '.join(map(str, shape[-2:]))}, FP8 products take multiples of {least}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,23 @@ class Job:
         """Layers of each stage, as the run splits them."""
         given = self.parallel.layers_per_stage
         return split_layers(self.model, schedule.num_stages, given, placement=schedule.placement)
+
+    @property
+    def emulates(self) -> bool:
+        """Whether its FP8 back end computes in wider products."""
+        return self.fp8.backend != GPU_FP8["backend"]
+
+    def in_fp8(self) -> "Job":
+        """In FP8 on tensor cores: with its own back end where that runs there, else with Transformer Engine."""
+        fp8 = replace(self.fp8, **GPU_FP8) if self.emulates else self.fp8  # type: ignore[arg-type]
+        return replace(self, precision="fp8", fp8=fp8)
+
+    def fp8_words(self, given: "Job") -> list[str]:
+        """The overrides of the section fp8 that make it of another job; none where it is not in FP8."""
+        here = [(part.name, getattr(self.fp8, part.name)) for part in fields(FP8Config)]
+        changed = [(key, value) for key, value in here if value != getattr(given.fp8, key)]
+        words = [f"fp8.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
+        return words if self.precision == "fp8" else []
 
     def with_parallel(self, **changes: object) -> "Job":
         """Another layout."""

@@ -13,7 +13,7 @@ from parallel.pipeline.split import SplitError
 from parallel.plan.advice import RECOMPUTE, estimate
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
-from parallel.plan.job import Job
+from parallel.plan.job import Job, fp8_problem
 from parallel.plan.memory import holdings, of_job
 from parallel.plan.step import end_of_step
 
@@ -26,9 +26,13 @@ MOST_GPUS = 1 << 15  # where the search for a count that can ends
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that fits. weighed: seconds of a step by formula; step_seconds: simulated, None where not."""
+    """A layout that fits. weighed: seconds of a step by formula; step_seconds: simulated, None where not.
+
+    given: the job that was searched for.
+    """
 
     job: Job
+    given: Job
     memory_bytes: float
     weighed: float
     step_seconds: float | None = None
@@ -39,13 +43,14 @@ class Candidate:
         return self.job.tokens_per_step / (self.step_seconds or self.weighed) / self.job.num_gpus
 
     def words(self) -> str:
-        """The overrides that make it."""
+        """The overrides that make it of the job that was given."""
         p = self.job.parallel
-        return (
+        words = (
             f"parallel.pipeline={p.pipeline} parallel.data={p.data} parallel.expert={p.expert} "
             f"parallel.schedule={p.schedule} parallel.recompute={p.recompute} "
             f"train.micro_batch_size={self.job.micro_batch_size} train.precision={self.job.precision}"
         )
+        return " ".join([words, *self.job.fp8_words(self.given)])
 
 
 @dataclass
@@ -101,7 +106,7 @@ def _fitting(job: Job, rejections: Rejections, precisions: Sequence[str]) -> Ite
             rejections.add(reason[0], f"{what}: {reason[1]}")
             continue
         try:
-            yield from _least_recomputed(layout, what, rejections)
+            yield from _least_recomputed(layout, job, what, rejections)
         except (ScheduleError, SplitError) as error:
             rejections.add("schedule", f"{what}: {error}")
 
@@ -112,6 +117,7 @@ def layouts(job: Job, precisions: Sequence[str]) -> Iterator[Job]:
     Recomputation is chosen by what fits.
     """
     gpus = job.num_gpus
+    forms = {name: job.in_fp8() if name == "fp8" else replace(job, precision=name) for name in precisions}
     for pipeline in _divisors(gpus):
         if pipeline > 4 * job.model.num_hidden_layers:
             continue
@@ -119,12 +125,12 @@ def layouts(job: Job, precisions: Sequence[str]) -> Iterator[Job]:
         for expert in _divisors(data):
             for schedule in SCHEDULES if pipeline > 1 else SCHEDULES[:1]:
                 for micro in MICRO_BATCHES:
-                    changed = job.with_parallel(
-                        pipeline=pipeline, data=data, expert=expert, schedule=schedule, stages_per_rank=None,
-                        layers_per_stage=None,
+                    changed = replace(
+                        job.parallel, pipeline=pipeline, data=data, expert=expert, schedule=schedule,
+                        stages_per_rank=None, layers_per_stage=None,
                     )  # fmt: skip
                     for precision in precisions:
-                        yield replace(changed, micro_batch_size=micro, precision=precision)
+                        yield replace(forms[precision], parallel=changed, micro_batch_size=micro)
 
 
 def _illegal(job: Job) -> tuple[str, str] | None:
@@ -138,6 +144,8 @@ def _illegal(job: Job) -> tuple[str, str] | None:
     samples = job.micro_batch_size * parallel.data
     if job.global_batch_size % samples:
         return "batch does not divide", f"{job.global_batch_size} sequences over {samples}"
+    if job.precision == "fp8" and (problem := fp8_problem(job.model)):
+        return "no FP8 on tensor cores", problem
     size = job.hardware.gpus_per_node
     if parallel.expert > size and parallel.expert % size:
         return "expert group cuts a node", f"{parallel.expert} ranks on nodes of {size}"
@@ -148,8 +156,8 @@ def _illegal(job: Job) -> tuple[str, str] | None:
     return kind, found[0]
 
 
-def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
-    """The job with the least recomputation that fits."""
+def _least_recomputed(job: Job, given: Job, what: str, rejections: Rejections) -> Iterator[Candidate]:
+    """The job with the least recomputation that fits; given: what was searched for."""
     schedule = job.short_schedule()
     stages = job.stages(schedule)
     limit = job.hardware.memory_bytes
@@ -158,7 +166,7 @@ def _least_recomputed(job: Job, what: str, rejections: Rejections) -> Iterator[C
         other = job.with_parallel(recompute=level)
         least = max(rank.total for rank in of_job(other, schedule, stages))
         if least <= limit:
-            yield Candidate(other, least, weigh(other, schedule, stages))
+            yield Candidate(other, given, least, weigh(other, schedule, stages))
             return
     rejections.add(
         "memory", f"{what}: {least / 2**30:.0f} GiB or more with everything recomputed, {limit / 2**30:.0f} there"

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from model.fp8.config import FP8Config
 from parallel.plan.search import Rejections, _fitting, layouts, on_gpus, search, weigh
 from parallel.plan.step import plan
-from tests.parallel.plan.jobs import small
+from tests.parallel.plan.jobs import ENGINE, small
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,15 @@ def test_precisions_that_are_not_asked_for_are_not_looked_at():
     assert {c.job.precision for c in both.candidates} == {"fp8", "bf16"}
     assert {c.job.precision for c in one.candidates} == {"bf16"} and 2 * one.looked_at == both.looked_at
     assert "train.precision=bf16" in one.candidates[0].words()
+
+
+def test_fp8_that_would_be_emulated_is_searched_for_as_gpus_run_it():
+    job = small(hardware=replace(small().hardware, memory_bytes=120e9), precision="bf16", fp8=FP8Config())
+    best = search(job, precisions=("fp8",), simulated=0).candidates[0]
+    assert best.job.fp8 == ENGINE
+    assert best.words().endswith("fp8.input_cache=wide fp8.attention_cache=wide fp8.recompute_swiglu=false")
+    odd = replace(job, model=replace(job.model, moe_intermediate_size=2040))
+    assert "no FP8 on tensor cores" in search(odd, simulated=0).rejections.number
 
 
 def test_weighing_follows_the_simulation():

@@ -2,14 +2,15 @@ from dataclasses import fields, replace
 
 import pytest
 
+from model.fp8.config import FP8Config
 from parallel.pipeline.simulate_phases import simulate_phases
-from parallel.plan.advice import bound_by, candidates, changes, estimate
+from parallel.plan.advice import assumptions, bound_by, candidates, changes, estimate
 from parallel.plan.feasible import memory_problems
 from parallel.plan.kernels import LINK_SHARE
 from parallel.plan.memory import holdings
 from parallel.plan.recipe import hours
 from parallel.plan.step import plan
-from tests.parallel.plan.jobs import small, v3
+from tests.parallel.plan.jobs import ENGINE, small, v3
 
 
 def test_the_parts_add_up_to_the_step():
@@ -90,6 +91,30 @@ def test_offload_is_advised_where_it_makes_a_run_fit():
     assert any("use optim.offload=true" in line for line in memory_problems(tight))
     assert not any("offload" in change.what for change in changes(plan(job), most=9))
     assert not any("offload" in what for what, _ in candidates(replace(tight, offload=True), fits=False))
+
+
+ORACLE = FP8Config()
+ON_GPUS = (
+    "train.precision=fp8 fp8.backend=transformer_engine fp8.input_cache=wide fp8.attention_cache=wide "
+    "fp8.recompute_swiglu=false"
+)
+
+
+def test_fp8_is_advised_with_all_that_it_needs_on_a_gpu():
+    """The defaults of the section fp8 are an emulation, which no tensor core speeds up."""
+    changed = dict(candidates(small(precision="bf16", fp8=ORACLE), fits=True))
+    assert changed[ON_GPUS].fp8 == ENGINE and changed[ON_GPUS].precision == "fp8"
+    assert "train.precision=fp8" in dict(candidates(small(precision="bf16"), fits=True))
+    odd = small(precision="bf16", fp8=ORACLE, model=replace(small().model, moe_intermediate_size=2040))
+    assert not any("fp8.backend" in what for what, _ in candidates(odd, fits=True))
+
+
+def test_an_emulation_priced_as_fp8_is_told():
+    assert assumptions(small()) == assumptions(small(precision="bf16", fp8=ORACLE)) == []
+    (said,) = assumptions(small(fp8=ORACLE))
+    assert "fp8.backend=oracle_fast is an emulation" in said and ON_GPUS.split(maxsplit=1)[1] in said
+    (said,) = assumptions(small(fp8=ORACLE, model=replace(small().model, moe_intermediate_size=2040)))
+    assert "which they cannot" in said and "7168 x 2040" in said
 
 
 def test_three_changes_that_help_and_each_does():
