@@ -5,7 +5,7 @@ import json
 from launcher.plan.text import wrapped
 from parallel.plan.hardware import check_cluster
 from parallel.plan.job import Job
-from parallel.plan.search import PRECISIONS, Candidate, Found, on_gpus, search
+from parallel.plan.search import PRECISIONS, Candidate, Found, search
 
 SHOWN = 8
 
@@ -17,9 +17,7 @@ def search_command(job: Job, *, gpus: int | None, precision: str | None, as_json
     BF16.
     """
     check_cluster(job.hardware, job.num_gpus if gpus is None else gpus)
-    if gpus is not None:
-        job = on_gpus(job, gpus)
-    found = search(job, precisions=(precision,) if precision else PRECISIONS)
+    found = search(job, precisions=(precision,) if precision else PRECISIONS, gpus=gpus)
     if as_json:
         print(json.dumps(as_tree(found)))
     else:
@@ -45,7 +43,7 @@ def _row(candidate: Candidate) -> dict[str, object]:
     return {
         "pipeline": p.pipeline, "data": p.data, "expert": p.expert, "schedule": p.schedule, "recompute": p.recompute,
         "precision": candidate.job.precision, "micro_batch_size": candidate.job.micro_batch_size,
-        "memory_bytes": candidate.memory_bytes,
+        "own": candidate.is_own, "memory_bytes": candidate.memory_bytes,
         "step_seconds": candidate.step_seconds, "weighed_seconds": candidate.weighed,
         "tokens_per_second_per_gpu": candidate.tokens_per_second_per_gpu, "overrides": candidate.words(),
     }  # fmt: skip
@@ -55,17 +53,20 @@ def text(found: Found) -> list[str]:
     """At most 80 columns."""
     lines = [f"{found.looked_at} layouts, {len(found.candidates)} fit"]
     if found.candidates:
-        lines.append("  PP  data    EP schedule  micro recompute      GiB   step s tokens/s/GPU")
-    for c in found.candidates[:SHOWN]:
+        lines.append("  PP  data    EP schedule    micro recompute      GiB   step s tokens/s/GPU")
+    shown = [c for i, c in enumerate(found.candidates) if i < SHOWN or c.is_own]
+    for c in shown:
         p = c.job.parallel
         seconds = "weighed" if c.step_seconds is None else f"{c.step_seconds:.2f}"
         lines.append(
-            f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule:<9}{c.job.micro_batch_size:6} "
+            f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule[-11:]:<11}{c.job.micro_batch_size:6} "
             f"{p.recompute:<8}{c.job.precision:<5}{c.memory_bytes / 2**30:6.1f}{seconds:>9}"
-            f"{c.tokens_per_second_per_gpu:13,.0f}"
+            f"{c.tokens_per_second_per_gpu:13,.0f}{' own' if c.is_own else ''}"
         )
     if found.candidates:
         lines += ["", *wrapped(found.candidates[0].words())]
+        if found.candidates[0].given.bare:
+            lines.append("and --as-published, whose engine no overrides choose")
     elif found.smallest_gpus:
         lines.append(f"nothing fits; the smallest count of GPUs on which something does is {found.smallest_gpus}")
     else:

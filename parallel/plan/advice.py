@@ -110,7 +110,8 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
         yield f"parallel.recompute={level}", job.with_parallel(recompute=level)
     for name in ("1f1b", "zbv", "dualpipev", "dualpipe") if parallel.expert > 1 else ("1f1b", "zbv"):
         if name != parallel.schedule and parallel.pipeline > 1:
-            yield f"parallel.schedule={name}", job.with_parallel(schedule=name, layers_per_stage=None)
+            other = job.with_parallel(schedule=name, layers_per_stage=None, stages_per_rank=None)
+            yield " ".join([f"parallel.schedule={name}", *other.split_words(job)]), other
     for size in (2 * job.micro_batch_size, job.micro_batch_size // 2):
         if size and job.global_batch_size % (size * parallel.data) == 0:
             yield f"train.micro_batch_size={size}", replace(job, micro_batch_size=size)

@@ -134,6 +134,14 @@ class Job:
         words = [f"fp8.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changed]
         return words if self.precision == "fp8" else []
 
+    def split_words(self, given: "Job") -> list[str]:
+        """The overrides that take back a split of the layers that another job was given and this one leaves open."""
+        keys = ("layers_per_stage", "stages_per_rank")
+        there, here = ([getattr(job.parallel, key) for key in keys] for job in (given, self))
+        return [
+            f"parallel.{key}=null" for key, a, b in zip(keys, there, here, strict=True) if a is not None and b is None
+        ]
+
     def with_parallel(self, **changes: object) -> "Job":
         """Another layout."""
         return replace(self, parallel=replace(self.parallel, **changes))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from parallel.pipeline.actions import Schedule
-from parallel.pipeline.schedules import ScheduleError
+from parallel.pipeline.schedules import ScheduleError, stages_per_rank_of
 from parallel.pipeline.split import SplitError
 from parallel.plan.advice import RECOMPUTE, estimate
 from parallel.plan.cost import Chain, price
@@ -50,7 +50,13 @@ class Candidate:
             f"parallel.schedule={p.schedule} parallel.recompute={p.recompute} "
             f"train.micro_batch_size={self.job.micro_batch_size} train.precision={self.job.precision}"
         )
-        return " ".join([words, *self.job.fp8_words(self.given)])
+        return " ".join([words, *self.job.split_words(self.given), *self.job.fp8_words(self.given)])
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the layout that was given."""
+        here, there = ((job.parallel, job.micro_batch_size, job.precision) for job in (self.job, self.given))
+        return here == there
 
 
 @dataclass
@@ -77,13 +83,24 @@ class Found:
     smallest_gpus: int | None = None
 
 
-def search(job: Job, *, precisions: Sequence[str] = PRECISIONS, simulated: int = SIMULATED) -> Found:
-    """Layouts of the job's model, batch and GPUs; its own layout is one of those looked at."""
+def search(
+    job: Job, *, precisions: Sequence[str] = PRECISIONS, simulated: int = SIMULATED, gpus: int | None = None
+) -> Found:
+    """Layouts of the job's model, batch and GPUs; its own layout is one of those looked at, and always simulated.
+
+    gpus: instead of the job's own number, whose layout is then none of them. precisions: its own is looked at in its
+    own precision if that is one of them.
+    """
     rejections = Rejections()
-    best = sorted(_fitting(job, rejections, precisions), key=lambda c: c.weighed)
-    timed = [replace(c, step_seconds=estimate(c.job)[0]) for c in best[:simulated]]
-    ranked = (*sorted(timed, key=lambda c: c.step_seconds or 0.0), *best[simulated:])
-    smallest = None if ranked else _smallest(job, precisions)
+    wanted = job.num_gpus if gpus is None else gpus
+    own = list(_own(job, rejections)) if wanted == job.num_gpus and job.precision in precisions else []
+    begin = job if wanted == job.num_gpus else on_gpus(job, wanted)
+    found = [replace(c, given=job) for c in _fitting(begin, rejections, precisions)]
+    others = sorted((c for c in found if all(c.job != o.job for o in own)), key=lambda c: c.weighed)
+    rejections.looked_at -= len(found) - len(others)  # the own layout again
+    timed = [*own, *(replace(c, step_seconds=estimate(c.job)[0]) for c in others[:simulated])]
+    ranked = (*sorted(timed, key=lambda c: c.step_seconds or 0.0), *others[simulated:])
+    smallest = None if ranked else _smallest(begin, precisions)
     return Found(ranked, rejections, rejections.looked_at, smallest)
 
 
@@ -94,13 +111,39 @@ def on_gpus(job: Job, gpus: int) -> Job:
     )
 
 
+def _own(job: Job, rejections: Rejections) -> Iterator[Candidate]:
+    """The job's own layout, with its own split and recomputation, if it can be and fits."""
+    rejections.looked_at += 1
+    layout = job.in_fp8() if job.precision == "fp8" else job
+    what = f"its own, {_described(layout)}"
+    try:
+        reason = _illegal(layout)
+        if reason is None:
+            schedule = layout.short_schedule()
+            most = max(rank.total for rank in of_job(layout, schedule, layout.stages(schedule)))
+            if most <= job.hardware.memory_bytes:
+                seconds, _ = estimate(layout)
+                yield Candidate(layout, job, most, seconds, seconds)
+                return
+            reason = "memory", f"{most / 2**30:.0f} GiB, {job.hardware.memory_bytes / 2**30:.0f} there"
+    except (ScheduleError, SplitError) as error:
+        reason = "schedule", str(error)
+    rejections.add(reason[0], f"{what}: {reason[1]}")
+
+
+def _described(layout: Job) -> str:
+    p = layout.parallel
+    return (
+        f"pipeline {p.pipeline}, expert {p.expert}, {p.schedule}, micro-batch {layout.micro_batch_size}, "
+        f"{layout.precision}"
+    )
+
+
 def _fitting(job: Job, rejections: Rejections, precisions: Sequence[str]) -> Iterator[Candidate]:
     """Every layout that fits, weighed; the others are counted."""
     for layout in layouts(job, precisions):
         rejections.looked_at += 1
-        p = layout.parallel
-        what = f"pipeline {p.pipeline}, expert {p.expert}, {p.schedule}, micro-batch {layout.micro_batch_size}"
-        what += f", {layout.precision}"
+        what = _described(layout)
         reason = _illegal(layout)
         if reason is not None:
             rejections.add(reason[0], f"{what}: {reason[1]}")
@@ -136,7 +179,7 @@ def layouts(job: Job, precisions: Sequence[str]) -> Iterator[Job]:
 def _illegal(job: Job) -> tuple[str, str] | None:
     """Class and sentence of the first thing that is wrong without looking at memory."""
     parallel, model = job.parallel, job.model
-    stages = parallel.pipeline * (2 if parallel.schedule in ("zbv", "dualpipev") else 1)
+    stages = parallel.pipeline * stages_per_rank_of(parallel.schedule, parallel.stages_per_rank)
     if stages > model.num_hidden_layers:
         return "more stages than layers", f"{stages} stages for {model.num_hidden_layers} layers"
     if model.n_routed_experts % parallel.expert:

@@ -2,13 +2,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from launcher.__main__ import main
-from launcher.plan.inputs import hardware_of
+from launcher.plan.inputs import config_of, hardware_of, of_config, shipped
 from launcher.show.timeline import FILLS
 from parallel.plan.hardware import HardwareError
+from parallel.plan.search import weigh
+from parallel.plan.step import estimate
 
 KEYS = {
     "parameters", "step_seconds", "phases_seconds", "tokens_per_second_per_gpu", "mfu_causal", "mfu_full",
@@ -113,6 +116,23 @@ def test_a_search_on_any_count_of_gpus(capsys):
     ):
         assert main(["plan", "experiment=tiny", "--cluster", "h100", *words]) == 2
         assert capsys.readouterr().err == f"expertpipe: {said}\n"
+
+
+@pytest.mark.parametrize("gpus", [[], ["--gpus", "16"]])
+def test_what_a_search_prints_gives_the_layout_that_it_ranked(capsys, gpus):
+    """A split of the layers given by hand does not stay beside a layout that has its own."""
+    run = ["experiment=tiny", "parallel.layers_per_stage=[2,4]"]
+    assert main(["plan", *run, "--cluster", "h100", "--search", "--json", *gpus]) == 0
+    rows = json.loads(capsys.readouterr().out)["layouts"]
+    best = next(row for row in rows if not row["own"] and row["precision"] == "fp8" and row["pipeline"] > 1)
+    assert sum(row["own"] for row in rows) == (not gpus)
+    words = best["overrides"].split()
+    assert "parallel.layers_per_stage=null" in words and "fp8.backend=transformer_engine" in words
+    job = replace(of_config(config_of([*run, *words]), hardware_of("h100")), calibration=shipped())
+    if best["step_seconds"] is None:
+        assert weigh(job, job.short_schedule(), job.stages(job.short_schedule())) == best["weighed_seconds"]
+    else:
+        assert estimate(job)[0] == best["step_seconds"]
 
 
 def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
