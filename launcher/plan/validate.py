@@ -10,7 +10,6 @@ from launcher.plan.inputs import CALIBRATION, as_published, folder, hardware_of,
 from parallel.plan import calibration
 from parallel.plan.job import Job
 from parallel.plan.published import Row, rows
-from parallel.plan.trace import read_trace
 
 EXPERIMENT = "deepseek_v3_2048_h800"
 TRACE_TOKENS, TRACE_EXPERT, TRACE_LAYERS = 4096, 64, 4
@@ -39,10 +38,9 @@ def all_rows(trace: Path | None = None) -> list[Row]:
     job = published_job()
     shape = calibration.trace_shape(job.model, tokens=TRACE_TOKENS, expert=TRACE_EXPERT, ranks_per_node=8)
     if trace is not None:
-        measured = read_trace(trace, layers=TRACE_LAYERS, local_experts=shape.local_experts)
-        fresh = calibration.of_trace(trace, shape, job.hardware, layers=TRACE_LAYERS)
-        job = replace(job, calibration=replace(fresh, training=job.calibration.training))
-        return rows(job, shape, measured.classes, measured.seconds)
+        fresh = calibration.from_trace(trace, shape, job.hardware, layers=TRACE_LAYERS)
+        job = replace(job, calibration=replace(fresh.calibration, training=job.calibration.training))
+        return rows(job, shape, fresh.measured.classes, fresh.measured.seconds)
     _, tree = calibration.read(folder() / "calibration" / CALIBRATION)
     classes, seconds = tree["class_seconds"], tree["pair_seconds"]
     assert isinstance(classes, dict) and isinstance(seconds, float)

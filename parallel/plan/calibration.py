@@ -2,22 +2,22 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import ModelConfig
 from parallel.plan.hardware import Hardware, HardwareError
-from parallel.plan.kernels import CLASSES, Calibration, Machine
-from parallel.plan.layers import ALL_TO_ALL_SMS, LayerShape, layer_bill, transfers
+from parallel.plan.kernels import ALL_TO_ALL_SMS, CLASSES, Calibration, Machine
+from parallel.plan.layers import LayerShape, layer_bill, transfers
 from parallel.plan.trace import TraceSummary, calibrate, read_trace
 
-TRACE_LAYERS = 4  # of the published pair; `of_trace` takes any
 FASTEST, SLOWEST = 0.2, 5.0  # a factor outside is a wrong file rather than a slow kernel
 FASTEST_MACHINE, SLOWEST_MACHINE = 0.02, 50.0  # of a file of factors, whose machine may be a CPU
 
 
 def predicted_classes(shape: LayerShape, hardware: Hardware, *, layers: int) -> dict[str, float]:
     """First-principles seconds of each class in an overlapped pair of `layers` MoE layers, by class."""
-    machine = Machine(hardware, hardware.num_sms - ALL_TO_ALL_SMS)
+    machine = Machine.beside_all_to_all(hardware, expert=shape.expert)
     bill, moved = layer_bill(shape, machine, moe=True), transfers(shape, machine, sms=ALL_TO_ALL_SMS)
     found = {kind: layers * bill.kind(kind) for kind in CLASSES}
     found["dispatch"] = layers * (moved.dispatch + moved.combine_grad)
@@ -30,11 +30,28 @@ def trace_shape(model: ModelConfig, *, tokens: int, expert: int, ranks_per_node:
     return LayerShape(model, tokens, tokens, expert, ranks_per_node, scale_bytes=4, recompute="report")
 
 
-def of_trace(path: Path, shape: LayerShape, hardware: Hardware, *, layers: int = TRACE_LAYERS) -> Calibration:
-    """Factors from a profiler trace of one overlapped pair; HardwareError where it is no such trace."""
+@dataclass(frozen=True)
+class FromTrace:
+    """A trace's factors, and the seconds that they come from."""
+
+    calibration: Calibration
+    measured: TraceSummary
+
+
+def of_trace(path: Path, shape: LayerShape, hardware: Hardware, *, layers: int | None = None) -> Calibration:
+    """Factors from a profiler trace of one overlapped pair; HardwareError where it is no such trace.
+
+    layers: see `read_trace`.
+    """
+    return from_trace(path, shape, hardware, layers=layers).calibration
+
+
+def from_trace(path: Path, shape: LayerShape, hardware: Hardware, *, layers: int | None = None) -> FromTrace:
+    """As `of_trace`, with what was measured."""
     measured = read_trace(path, layers=layers, local_experts=shape.local_experts)
-    found = calibrate(measured, predicted_classes(shape, hardware, layers=layers), source=f"trace {path.name}")
-    return _sane(found, where=str(path))
+    predicted = predicted_classes(shape, hardware, layers=measured.layers)
+    found = calibrate(measured, predicted, source=f"trace {path.name}")
+    return FromTrace(_sane(found, where=str(path)), measured)
 
 
 def to_tree(calibration: Calibration, measured: TraceSummary, *, training: float, training_source: str) -> dict:
