@@ -6,21 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import ConfigError
-from launcher.plan.inputs import job_of
+from launcher.plan.inputs import PUBLISHED, job_of
 from parallel.plan.advice import Change, assumptions, bound_by, changes
 from parallel.plan.recipe import Hours, hours
 from parallel.plan.step import Plan, plan
+
+_JOB = frozenset({"overrides", "cluster", "precision", "as_published", "json"})
+# What each question reads; "": a plan.
+TAKES = {
+    "": _JOB | {"price", "trace", "calibration", "html", "perfetto"},
+    "search": _JOB | {"trace", "calibration"},
+    "simulate_cluster": _JOB,
+    "validate": frozenset({"trace", "json"}),
+    "measured": frozenset({"json"}),
+}
+NEEDS = {"measured": "validate", "gpus": "search"}
+_OPTIONS = ("overrides", *sorted((TAKES[""] | TAKES["search"]) - {"overrides"}))
 
 
 def plan_command(argv: list[str]) -> int:
     """Runs the command; the exit code."""
     parser = _parser()
     args = parser.parse_intermixed_args(argv)
-    for word, given, needed, there in (
-        ("--measured", args.measured, "--validate", args.validate), ("--gpus", args.gpus, "--search", args.search),
-    ):  # fmt: skip
-        if given is not None and given is not False and not there:
-            raise ConfigError([f"{word} goes with {needed}"])
+    wrong = misplaced(args)
+    if wrong:
+        raise ConfigError(wrong)
     if args.measured:
         from launcher.plan.measured.command import measured_command
 
@@ -54,6 +64,36 @@ def plan_command(argv: list[str]) -> int:
     return 0
 
 
+def misplaced(args: Namespace) -> list[str]:
+    """Words that what is asked for does not read, or that say two things at once, a line for each kind."""
+    given = {name for name in (*_OPTIONS, *NEEDS) if getattr(args, name) not in (None, False, [])}
+    found = [
+        f"{_option(name)} goes with {_option(needed)}"
+        for name, needed in NEEDS.items()
+        if name in given and not getattr(args, needed)
+    ]
+    asked = [name for name in ("search", "simulate_cluster", "validate") if getattr(args, name)]
+    if len(asked) > 1:
+        return [*found, f"{' and '.join(map(_option, asked))} are two questions: ask one at a time"]
+    mode = "measured" if asked == ["validate"] and args.measured else "".join(asked)
+    ignored = [name for name in _OPTIONS if name in given - TAKES[mode]]
+    words = [word for name in ignored for word in (args.overrides if name == "overrides" else [_option(name)])]
+    if words:
+        found.append(f"{_option(mode)} does not take {', '.join(words)}: leave {'them' if words[1:] else 'it'} out")
+    if args.trace is not None and args.calibration is not None:
+        found.append("--trace and --calibration both give the kernels' factors: use one of them")
+    if args.as_published:
+        fixed = [word for word in args.overrides if word.lstrip("+").partition("=")[0] in PUBLISHED]
+        fixed += [f"--precision {args.precision}"] if args.precision not in (None, "fp8") else []
+        found += [f"--as-published plans the report's engine: leave {', '.join(fixed)} out"] if fixed else []
+    return found
+
+
+def _option(name: str) -> str:
+    """As it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="expertpipe plan",
@@ -61,7 +101,7 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as experiment=deepseek_v3_2048_h800")
-    parser.add_argument("--cluster", default="h800", metavar="NAME", help="h800, h100, h200 or a YAML file")
+    parser.add_argument("--cluster", metavar="NAME", help="h800 (the default), h100, h200 or a YAML file")
     parser.add_argument("--precision", choices=("fp8", "bf16", "fp32"), help="in place of train.precision")
     parser.add_argument("--as-published", action="store_true", help="with the engine of the report: FP8, once a node")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a GPU-hour (default: the cluster's)")

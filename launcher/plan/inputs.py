@@ -21,6 +21,11 @@ from parallel.plan.kernels import Calibration
 
 T = TypeVar("T")
 
+CLUSTER = "h800"
+# Keys that the report's engine decides.
+PUBLISHED = ("train.precision", *(f"parallel.{key}" for key in (
+    "dispatcher", "dispatch_wire", "dispatch_grad_wire", "combine_wire", "overlap", "recompute",
+)))  # fmt: skip
 CALIBRATION = "h800_overlap_trace.json"  # measured on the chip that H800, H100 and H200 share
 
 
@@ -55,7 +60,7 @@ def job_of(args: Namespace) -> Job:
     """
     errors: list[str] = []
     config = _tried(errors, lambda: config_of(args.overrides))
-    hardware = _tried(errors, lambda: hardware_of(args.cluster))
+    hardware = _tried(errors, lambda: hardware_of(args.cluster or CLUSTER))
     price = getattr(args, "price", None)
     if price is not None and not 0 <= price < math.inf:
         errors.append(f"--price {price:g}: use dollars of a GPU-hour, such as 2")
@@ -121,8 +126,8 @@ def of_config(config: RunConfig, hardware: Hardware) -> Job:
 def as_published(job: Job) -> Job:
     """The report's engine: FP8, rows once a node in FP8, its recomputation, chunks alone not overlapped."""
     parallel = replace(
-        job.parallel, dispatcher="collective", dispatch_wire="fp8", dispatch_grad_wire="fp8", overlap="pairs",
-        recompute="report",
+        job.parallel, dispatcher="collective", dispatch_wire="fp8", dispatch_grad_wire="fp8", combine_wire="bf16",
+        overlap="pairs", recompute="report",
     )  # fmt: skip
     return replace(job, parallel=parallel, precision="fp8", bare=True)
 

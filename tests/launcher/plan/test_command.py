@@ -96,6 +96,32 @@ def test_bad_input_is_one_clear_line(capsys, words, said):
     assert said in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=tiny", "--validate", "--cluster", "h100"], ["--validate does not take experiment=tiny, --cluster:"
+                                                                 " leave them out"]),
+        (["--validate", "--measured", "--trace", "x"], ["--measured does not take --trace: leave it out"]),
+        (["--validate", "--precision", "bf16", "--price", "1"], ["--validate does not take --precision, --price: leave "
+                                                                "them out"]),
+        (["experiment=tiny", "--search", "--html", "x", "--perfetto", "y", "--price", "1"],
+         ["--search does not take --html, --perfetto, --price: leave them out"]),
+        (["experiment=tiny", "--simulate-cluster", "--html", "x", "--calibration", "none", "--gpus", "8"],
+         ["--gpus goes with --search", "--simulate-cluster does not take --calibration, --html: leave them out"]),
+        (["experiment=tiny", "--search", "--simulate-cluster"],
+         ["--search and --simulate-cluster are two questions: ask one at a time"]),
+        (["experiment=tiny", "--trace", "x", "--calibration", "none"], ["--trace and --calibration both give the "
+                                                                       "kernels' factors: use one of them"]),
+        (["experiment=tiny", "--as-published", "--precision", "bf16", "parallel.recompute=none"],
+         ["--as-published plans the report's engine: leave parallel.recompute=none, --precision bf16 out"]),
+        (["experiment=tiny", "--measured"], ["--measured goes with --validate"]),
+    ],
+)  # fmt: skip
+def test_words_that_would_be_ignored_are_refused(capsys, words, said):
+    assert main(["plan", *words]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"expertpipe: {line}" for line in said]
+
+
 def test_everything_wrong_is_said_at_once(capsys):
     words = ["experiment=tiny", "train.stepps=3", "parallel.expert=3", "--cluster", "h80", "--price", "-1"]
     assert main(["plan", *words, "--calibration", "nowhere.json"]) == 2
