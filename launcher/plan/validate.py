@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,19 @@ def validate_command(*, as_json: bool, trace: Path | None) -> int:
         )
         if row.explained and _is_told(row):
             print("\n".join(textwrap.wrap(row.explained, 76, initial_indent="    ", subsequent_indent="    ")))
+    print("\n".join(textwrap.wrap(independence(found), 80)))
     return 0
+
+
+def independence(found: Sequence[Row]) -> str:
+    """How many of the rows within their bars say something of their own."""
+    within = [row for row in found if row.holds and not row.forecast]
+    restating = [row.check for row in within if row.restates]
+    fitted = [row.check for row in within if row.calibrated]
+    return (
+        f"{len(within)} rows are within their bars, {sum(row.independent for row in within)} of them independent: "
+        f"{'; '.join(restating)} restate the step, and the calibration is fitted to {'; '.join(fitted)}"
+    )
 
 
 def all_rows(trace: Path | None = None) -> list[Row]:

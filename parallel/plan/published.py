@@ -11,8 +11,8 @@ from parallel.plan.calibration import predicted_classes
 from parallel.plan.cost import Chain, Ends, StageCosts, layer_costs
 from parallel.plan.hardware import Hardware
 from parallel.plan.job import Job
-from parallel.plan.kernels import Calibration, Machine
-from parallel.plan.layers import ALL_TO_ALL_SMS, LayerShape, layer_bill
+from parallel.plan.kernels import ALL_TO_ALL_SMS, Calibration, Machine
+from parallel.plan.layers import LayerShape, layer_bill
 from parallel.plan.recipe import EXTENSIONS, extension, hours
 from parallel.plan.step import Plan, estimate, plan
 
@@ -28,8 +28,10 @@ class Row:
     """One comparison. bar: largest relative error that holds.
 
     explained: the effects that a deviation is put down to, each with its size, worked out from the plan at hand.
-    effect: what the named effect can add to the prediction at most, in the row's unit. forecast: of something that
-    nobody has run, beside the published figure of something else.
+    effect: what the named effect can add to the prediction at most, in the row's unit; 0 where nothing but the
+    deviation itself speaks for one. forecast: of something that nobody has run, beside the published figure of
+    something else. calibrated: what is missing, or all of it, is what the calibration was fitted to. restates: the row
+    whose prediction this one has in other units.
     """
 
     check: str
@@ -39,6 +41,13 @@ class Row:
     explained: str = ""
     effect: float = 0.0
     forecast: bool = False
+    calibrated: bool = False
+    restates: str = ""
+
+    @property
+    def independent(self) -> bool:
+        """Whether the row tells something that the calibration and the other rows do not."""
+        return not (self.forecast or self.calibrated or self.restates)
 
     @property
     def relative_error(self) -> float:
@@ -54,12 +63,15 @@ class Row:
     def verdict(self) -> str:
         """Within the bar or not, `yes` or `NO`; `explained`: for some size of the named effect, up to all of it.
 
-        `forecast`: nothing can be held against it yet.
+        `calibrated`: outside, and the calibration is what was fitted to the rest. `forecast`: nothing can be held
+        against it yet.
         """
         if self.forecast:
             return "forecast"
         if self.holds:
             return "yes"
+        if self.calibrated:
+            return "calibrated"
         low, high = sorted((self.predicted, self.predicted + self.effect))
         near = min(max(self.published, low), high)
         return "explained" if self.explained and abs(near / self.published - 1) <= self.bar else "NO"
@@ -69,7 +81,8 @@ class Row:
         return {
             "check": self.check, "published": self.published, "predicted": self.predicted,
             "relative_error": self.relative_error, "bar": self.bar, "holds": self.holds, "verdict": self.verdict,
-            "effect": self.effect, "explained": self.explained,
+            "effect": self.effect, "explained": self.explained, "independent": self.independent,
+            "restates": self.restates,
         }  # fmt: skip
 
 
@@ -109,7 +122,7 @@ def _trace_rows(
 
 def pair_of(shape: LayerShape, hardware: Hardware, calibration: Calibration | None = None) -> float:
     """Seconds of an overlapped pair of four MoE layers, from first principles unless a calibration is given."""
-    machine = Machine(hardware, hardware.num_sms - ALL_TO_ALL_SMS, calibration or Calibration())
+    machine = Machine.beside_all_to_all(hardware, calibration, expert=shape.expert)
     chain = Chain((layer_costs(shape, machine, sms=ALL_TO_ALL_SMS),) * 4, Ends())
     costs = StageCosts(LayerCosts.even(0.0, 0.0), alone=(chain,), paired=(chain,))
     pair = Pair(Action("F", 0, 1), Action("B", 0, 0))
@@ -122,10 +135,11 @@ def pair_of(shape: LayerShape, hardware: Hardware, calibration: Calibration | No
 def _isca_rows(found: Plan, shape: LayerShape) -> Iterator[Row]:
     split = found.split.rows()
     split["optimizer"] += split.pop("exposed_communication")
-    yield Row("ISCA: step, s", ISCA_STEP, found.step_seconds, 0.03)
+    step = "ISCA: step, s"
+    yield Row(step, ISCA_STEP, found.step_seconds, 0.03)
     bare = plan(replace(found.job, calibration=replace(found.job.calibration, training=1.0)))
-    balance = _without_training(bare, shape)
-    yield Row("ISCA: step, from the trace alone", ISCA_STEP, bare.step_seconds, 0.03, balance.words, balance.size)
+    without = _without_training(bare, shape)
+    yield Row("ISCA: step, from the trace alone", ISCA_STEP, bare.step_seconds, 0.03, without, calibrated=True)
     spent = f"the calibration's factor {found.job.calibration.training:g}, training over profile, is from this row"
     effects = {
         "1F1B": _Effect(spent),
@@ -134,15 +148,20 @@ def _isca_rows(found: Plan, shape: LayerShape) -> Iterator[Row]:
     }
     for key, seconds in ISCA.items():
         effect = effects.get(key, _Effect(""))
-        yield Row(f"ISCA: {key}, s", seconds, split[key], 0.10, effect.words, effect.size)
+        yield Row(
+            f"ISCA: {key}, s", seconds, split[key], 0.10, effect.words, effect.size, calibrated=key == "1F1B"
+        )  # fmt: skip
     per_day = found.tokens_per_second_per_gpu * found.job.num_gpus * 86400
-    yield Row("ISCA: tokens a day, 1e9", ISCA_TOKENS_PER_DAY / 1e9, per_day / 1e9, 0.03)
-    yield Row("ISCA: MFU causal", ISCA_MFU_CAUSAL, found.mfu_causal, 0.03)
-    yield Row("ISCA: MFU full", ISCA_MFU_FULL, found.mfu_full, 0.03)
+    yield Row("ISCA: tokens a day, 1e9", ISCA_TOKENS_PER_DAY / 1e9, per_day / 1e9, 0.03, restates=step)
+    yield Row("ISCA: MFU causal", ISCA_MFU_CAUSAL, found.mfu_causal, 0.03, restates=step)
+    yield Row("ISCA: MFU full", ISCA_MFU_FULL, found.mfu_full, 0.03, restates=step)
 
 
-def _without_training(bare: Plan, shape: LayerShape) -> _Effect:
-    """What the profile, of balanced experts and without traffic between stages, leaves out of a step."""
+def _without_training(bare: Plan, shape: LayerShape) -> str:
+    """What the profile, of balanced experts and without traffic between stages, leaves out of a step.
+
+    No more than a reading of it: the size of what is left out is the deviation itself.
+    """
     job = bare.job
     missing = ISCA_STEP - bare.step_seconds
     in_pairs = ISCA["1F1B"] - bare.split.pair
@@ -153,29 +172,53 @@ def _without_training(bare: Plan, shape: LayerShape) -> _Effect:
         middle = (low + high) / 2
         slow = pair_of(replace(shape, imbalance=middle), job.hardware, job.calibration)
         low, high = (middle, high) if slow < slower * even else (low, middle)
-    return _Effect(
+    return (
         f"{in_pairs:.2f} of the missing {missing:.2f} s are in the pairs, {slower - 1:.1%} slower in training than in "
-        f"the profile, whose experts are balanced: the fullest of {shape.expert} ranks with {low:.2f} times the mean "
-        "rows takes just that, as all wait for it; the loads are not published",
-        in_pairs,
+        f"the profile, to which the calibration's factor is fitted. The profile's experts are balanced: the fullest of "
+        f"{shape.expert} ranks with {low:.2f} times the mean rows would take just that, as all wait for it; the loads "
+        "are not published"
     )
 
 
+@dataclass(frozen=True)
+class _ByRank:
+    """Seconds of a table's row: mean over the ranks, and mean of the two at the ends of the pipeline."""
+
+    published: float
+    mean: float
+    ends: float
+
+    def at(self, share: float) -> float:
+        """Error of a mean in which the ends count more: share 0 is the mean, 1 the ends alone."""
+        return (self.mean + share * (self.ends - self.mean)) / self.published - 1
+
+
 def _weights_alone(found: Plan) -> _Effect:
-    """How the row depends on the ranks that it is of, which is not published."""
-    by_rank, number = [], 0
-    for row in found.timeline.ranks:
-        seconds = [t.end - t.start for t in row if getattr(t.step, "kind", "") == "W"]
-        by_rank.append(sum(seconds))
-        number += len(seconds)
-    ends = (by_rank[0] + by_rank[-1]) / 2
-    mean = sum(by_rank) / len(by_rank)
-    most = found.job.parallel.pipeline - 1
+    """How the row depends on the ranks that it is of, which is not published.
+
+    Other ranks mean another 1F and 1B too: the effect explains only where one choice of ranks fits all three.
+    """
+    kinds = {"1F": ("F",), "1B": ("B", "I"), "1W": ("W",)}
+    rows: dict[str, _ByRank] = {}
+    weights: list[float] = []
+    for key, names in kinds.items():
+        weights = [
+            sum(t.end - t.start for t in row if getattr(t.step, "kind", "") in names) for row in found.timeline.ranks
+        ]
+        rows[key] = _ByRank(ISCA[key], sum(weights) / len(weights), (weights[0] + weights[-1]) / 2)
+    fits = [share / 100 for share in range(101) if all(abs(row.at(share / 100)) <= 0.10 for row in rows.values())]
+    alone = any(abs(row.at(1.0)) > 0.10 for row in rows.values())
+    ends = ", ".join(f"{key} {row.ends:.2f} s ({row.at(1.0):+.0%})" for key, row in rows.items())
+    together = (
+        f"from {fits[0]:.0%} to {fits[-1]:.0%} of the way from the mean to the ends all three are within 10%"
+        if fits
+        else "no mean between the two has all three within 10%"
+    )
     return _Effect(
-        f"which ranks the row is of is not published; ours is their mean, over which it runs from {min(by_rank):.2f} s "
-        f"in the middle to {max(by_rank):.2f} s: {number / len(by_rank):.1f} lone W a rank, but {most} "
-        f"with heads at the ends. Ends over mean is {ends - mean:+.2f} s, the deviation {ISCA['1W'] - mean:+.2f} s",
-        ends - mean,
+        f"which ranks the row is of is not published; ours is their mean, over which it runs from {min(weights):.2f} s "
+        f"in the middle to {max(weights):.2f} s. Of the ends alone the table would have {ends}"
+        f"{', so it is not of them alone either' if alone else ''}; {together}",
+        fits[-1] * (rows["1W"].ends - rows["1W"].mean) if fits else 0.0,
     )
 
 
@@ -195,13 +238,12 @@ def _even_bubble(found: Plan) -> float:
 def _report_rows(found: Plan) -> Iterator[Row]:
     cost, job = hours(found), found.job
     per_trillion = found.step_seconds / job.tokens_per_step * 1e12 * job.num_gpus / 3600
-    yield Row("report: GPU-hours per 1T tokens", REPORT_HOURS_PER_TRILLION, per_trillion, 0.03)
+    yield Row(
+        "report: GPU-hours per 1T tokens", REPORT_HOURS_PER_TRILLION, per_trillion, 0.03, restates="ISCA: step, s"
+    )  # fmt: skip
     yield Row("report: GPU-hours, 14.8T with ramp", REPORT_HOURS, cost.pretraining, 0.03)
     longer = _extensions(found, cost.extensions)
-    yield Row(
-        "report: GPU-hours of the extension", REPORT_EXTENSION_HOURS, sum(cost.extensions), 0.03, longer.words,
-        longer.size,
-    )  # fmt: skip
+    yield Row("report: GPU-hours of the extension", REPORT_EXTENSION_HOURS, sum(cost.extensions), 0.03, longer)
 
 
 def _own_rows(found: Plan) -> Iterator[Row]:
@@ -226,31 +268,29 @@ def _own_rows(found: Plan) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _extensions(found: Plan, predicted: tuple[float, ...]) -> _Effect:
-    """Where the extension's hours go: a rank's tokens stay as many as in pretraining, attention grows.
+def _extensions(found: Plan, predicted: tuple[float, ...]) -> str:
+    """Where the extension's hours go, and what of it the report leaves open, each with its size.
 
-    Every rank that shares a sequence projects the others' latents up again, so that fewer ranks to a sequence take
-    less; and ranks that share a causal sequence have even work only where each has early and late tokens. The report
-    says nothing of either.
+    A rank's tokens stay as many as in pretraining, attention grows. Every rank that shares a sequence projects the
+    others' latents up again, so that more ranks to a sequence take more; and ranks that share a causal sequence have
+    even work only where each has early and late tokens. The report says nothing of either: sizes, no evidence.
     """
-    parts, attention, fewer, uneven = [], 0.0, 0.0, 0.0
+    parts, more, attention, uneven = [], [], 0.0, 0.0
     for (length, sequences, steps), hours_of in zip(EXTENSIONS, predicted, strict=True):
         job = extension(found, length, sequences)
-        machine = Machine(job.hardware, job.hardware.num_sms - ALL_TO_ALL_SMS, job.calibration)
+        machine = Machine.beside_all_to_all(job.hardware, job.calibration, expert=job.parallel.expert)
         core = layer_bill(job.shape(), machine, moe=True).kind("attention") * job.calibration.training
         blocks = job.model.num_hidden_layers + job.model.num_nextn_predict_layers
         spent = steps * core * blocks / job.parallel.pipeline * job.num_microbatches * job.num_gpus / 3600
         attention += spent
         uneven += spent * (1 - 1 / job.cut)  # stretches in order: the last rank's is 2 - 1 / cut of the mean
-        half = replace(job, cut=max(1, job.cut // 2))
-        fewer += steps * estimate(half)[0] * job.num_gpus / 3600 - hours_of
+        twice = steps * estimate(replace(job, cut=2 * job.cut))[0] * job.num_gpus / 3600
         parts.append(f"{hours_of / 1e3:.1f}K at {length // 1024}K with each sequence over {job.cut} ranks")
+        more.append(f"{(twice - hours_of) / 1e3:+.1f}K")
     missing = REPORT_EXTENSION_HOURS - sum(predicted)
-    effect = fewer if missing < 0 else uneven
-    return _Effect(
-        f"{' and '.join(parts)}, the fewest on which it fits; over half as many {fewer / 1e3:+.0f}K. "
+    return (
+        f"{' and '.join(parts)}, the fewest on which it fits; over twice as many {' and '.join(more)}. "
         f"{attention / 1e3:.0f}K are the attention core, shared evenly; with stretches in order the last rank has "
-        f"nearly twice the mean, {uneven / 1e3:+.0f}K. The deviation is {missing / 1e3:+.1f}K; the report says of "
-        "neither what it did",
-        effect,
+        f"nearly twice the mean, {uneven / 1e3:+.0f}K. The deviation is {missing / 1e3:+.1f}K: the report says of "
+        "neither what it did, and nothing else speaks for one of them"
     )
