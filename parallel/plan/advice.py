@@ -95,12 +95,12 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     if parallel.expert > 1:
         if parallel.dispatcher == "flat":
             yield "parallel.dispatcher=collective", job.with_parallel(dispatcher="collective")
-        if parallel.dispatch_wire != "fp8":
-            wires = {"dispatch_wire": "fp8", "dispatch_grad_wire": "fp8"}
-            if parallel.dispatcher == "flat":
-                wires["dispatcher"] = "collective"
-            text = "parallel.dispatch_wire=fp8 and dispatch_grad_wire=fp8"
-            yield text + (" on collective" if parallel.dispatcher == "flat" else ""), job.with_parallel(**wires)
+        wires = {"dispatch_wire": "fp8", "dispatch_grad_wire": "fp8"}
+        wires = {key: wire for key, wire in wires.items() if getattr(parallel, key) != wire}
+        if wires and parallel.dispatcher == "flat":  # which has its own wires alone
+            wires["dispatcher"] = "collective"
+        if wires:
+            yield " ".join(f"parallel.{key}={word}" for key, word in wires.items()), job.with_parallel(**wires)
         if parallel.overlap != "all":
             yield "parallel.overlap=all", job.with_parallel(overlap="all")
     if not fits and not job.offload:
@@ -121,8 +121,9 @@ def candidates(job: Job, *, fits: bool) -> Iterator[tuple[str, Job]]:
     if parallel.expert > job.hardware.gpus_per_node:
         faster = replace(job.hardware, ib_bytes_per_second=2 * job.hardware.ib_bytes_per_second)
         yield "twice the InfiniBand bandwidth", replace(job, hardware=faster)
-    machine = Machine.beside_all_to_all(job.hardware, job.calibration, expert=parallel.expert)
-    bill = layer_bill(job.shape(), machine, moe=True)
+    shape = job.shape()
+    machine = Machine.beside_all_to_all(job.hardware, job.calibration, expert=shape.expert, fp32=shape.element == 4)
+    bill = layer_bill(shape, machine, moe=True)
     largest = max(COMPUTED, key=bill.kind)
     factors = {**job.calibration.factors, largest: FASTER * job.calibration.factor(largest)}
     text = f"{1 - FASTER:.0%} off the time of {COMPUTED[largest]}"

@@ -123,7 +123,7 @@ def chains(stages: tuple[range, ...], shape: LayerShape, machine: Machine, *, sm
 
 
 def _product(machine: Machine, rows: int, n: int, k: int) -> Ends:
-    """A product in BF16 with its two gradients."""
+    """A wide product with its two gradients."""
     forward, back = machine.gemm(rows, n, k, fp8=False), machine.gemm(rows, k, n, fp8=False)
     return Ends(forward, back, machine.gemm(n, k, rows, fp8=False, accumulate=True))
 
@@ -157,10 +157,11 @@ def price(
     bare: bool = False,
 ) -> StageCosts:
     """Costs of a schedule's stages. A calibration holds under overlap: alone, only its compute classes are used."""
-    busy = Machine.beside_all_to_all(hardware, calibration, expert=shape.expert)
+    fp32 = shape.element == 4
+    busy = Machine.beside_all_to_all(hardware, calibration, expert=shape.expert, fp32=fp32)
     compute = {k: v for k, v in calibration.factors.items() if k not in ("dispatch", "combine")}
-    idle = Machine(hardware, hardware.num_sms, replace(calibration, factors=compute))
-    hop = shape.tokens * shape.model.hidden_size * 2 / hardware.ib_bytes_per_second
+    idle = Machine(hardware, hardware.num_sms, replace(calibration, factors=compute), fp32=fp32)
+    hop = shape.tokens * shape.model.hidden_size * shape.element / hardware.ib_bytes_per_second
     paired = chains(stages, shape, busy, sms=ALL_TO_ALL_SMS)
     alone = chains(stages, shape, idle, sms=DEEPEP_SMS)
     nothing = LayerCosts.even(0.0, 0.0)

@@ -7,7 +7,7 @@ from parallel.expert.placement import Placement
 from parallel.pipeline.schedules import ScheduleError
 from parallel.pipeline.split import SplitError
 from parallel.plan.advice import candidates
-from parallel.plan.hardware import HardwareError, check_cluster
+from parallel.plan.hardware import HardwareError, check_cluster, check_precision
 from parallel.plan.job import Job
 from parallel.plan.memory import layer_kept_bytes, of_job, setting_of
 
@@ -18,7 +18,7 @@ def problems(job: Job) -> list[str]:
     `memory_problems` judges the memory of the whole.
     """
     found = []
-    for rule in (_nodes, _gate, _one_layer):
+    for rule in (_nodes, _precision, _gate, _one_layer):
         try:
             rule(job)
         except ValueError as error:
@@ -57,6 +57,10 @@ def _peaks(job: Job) -> list[float]:
 
 def _nodes(job: Job) -> None:
     check_cluster(job.hardware, job.num_gpus)
+
+
+def _precision(job: Job) -> None:
+    check_precision(job.hardware, job.precision)
 
 
 def _gate(job: Job) -> None:

@@ -17,7 +17,7 @@ class Hardware:
     """One kind of GPU and the node and network it stands in; bytes and FLOPs a second, one direction.
 
     nvlink, ib: of one GPU, as achieved by point-to-point copies. host: PCIe of one GPU. dollars_per_gpu_hour: rent.
-    sources: of every number, by key.
+    sources: of every number, by key. fp32_flops: of plain FP32, without TF32; None where a file does not say.
     """
 
     name: str
@@ -32,9 +32,11 @@ class Hardware:
     gpus_per_node: int
     dollars_per_gpu_hour: float
     sources: Mapping[str, str]
+    fp32_flops: float | None = None
 
 
-_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "sources"))
+_OPTIONAL = ("fp32_flops",)
+_NUMBERS = tuple(field.name for field in fields(Hardware) if field.name not in ("name", "sources", *_OPTIONAL))
 _WHOLE = ("num_sms", "gpus_per_node")
 
 
@@ -58,10 +60,10 @@ def read(path: Path) -> Hardware:
 
 def of_tree(tree: Mapping[str, object], *, where: str) -> Hardware:
     """As `read`, from what the file holds; where: its name, for messages."""
-    wrong = [f"{key}: no such key" for key in tree if key not in (*_NUMBERS, "name")]
+    wrong = [f"{key}: no such key" for key in tree if key not in (*_NUMBERS, *_OPTIONAL, "name")]
     values: dict[str, float] = {}
     sources: dict[str, str] = {}
-    for key in _NUMBERS:
+    for key in (*_NUMBERS, *(key for key in _OPTIONAL if key in tree)):
         entry = tree.get(key)
         if not isinstance(entry, dict) or set(entry) != {"value", "source"}:
             wrong.append(f"{key}: write {{value: NUMBER, source: WHERE FROM}}")
@@ -81,6 +83,15 @@ def of_tree(tree: Mapping[str, object], *, where: str) -> Hardware:
         raise HardwareError(f"{where}: " + "; ".join(wrong))
     whole = {key: int(values.pop(key)) for key in _WHOLE}
     return Hardware(name=str(tree["name"]), sources=sources, **values, **whole)  # type: ignore[arg-type]
+
+
+def check_precision(hardware: Hardware, precision: str) -> None:
+    """HardwareError for FP32 on a cluster whose file does not say how fast that is."""
+    if precision == "fp32" and hardware.fp32_flops is None:
+        raise HardwareError(
+            f"train.precision=fp32: {hardware.name} has no fp32_flops: add to its file fp32_flops: {{value: NUMBER, "
+            "source: WHERE FROM}, plain FP32 products a second without TF32, or use train.precision=bf16"
+        )
 
 
 def check_cluster(hardware: Hardware, num_gpus: int) -> None:

@@ -81,12 +81,16 @@ class Job:
     def shape(self) -> LayerShape:
         """Of every layer."""
         parallel = self.parallel
-        fp8 = self.precision == "fp8"
-        wires = [wire == "fp8" for wire in (parallel.dispatch_wire, parallel.dispatch_grad_wire)]
+        own = "fp32" if self.precision == "fp32" else "bf16"
+        wires = (parallel.dispatch_wire, parallel.dispatch_grad_wire, parallel.combine_wire)
+        out, gradients, back = (own if wire == "model" else wire for wire in wires)
+        if parallel.dispatcher.startswith("native") and own == "fp32":
+            back = own  # which adds FP32 rows up in FP32
         return LayerShape(
             self.model, self.micro_batch_size * self.sequence_length // self.cut, self.sequence_length, parallel.expert,
-            parallel.ranks_per_node or self.hardware.gpus_per_node, fp8, WAYS[parallel.dispatcher], wires[0], wires[1],
-            parallel.recompute, cut=self.cut,
+            parallel.ranks_per_node or self.hardware.gpus_per_node, self.precision == "fp8", WAYS[parallel.dispatcher],
+            out, gradients, back, parallel.recompute, scale_bytes=4 if parallel.dispatcher == "deepep" else 1,
+            cut=self.cut, element=4 if own == "fp32" else 2,
         )  # fmt: skip
 
     def schedule(self) -> Schedule:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
-from parallel.plan.hardware import Hardware
+from parallel.plan.hardware import Hardware, check_precision
 
 CLASSES = ("grouped_gemm", "linear_gemm", "attention", "quantise", "norm", "elementwise", "dispatch", "combine")
 TILE = 128
@@ -41,25 +41,41 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU with `num_sms` SMs left for computation (20 go to the all-to-all while that runs)."""
+    """A GPU with `num_sms` SMs left for computation (20 go to the all-to-all while that runs).
+
+    fp32: what is not in FP8 is in FP32, without TF32 as torch has it, else in BF16. HardwareError where the hardware's
+    file does not say how fast that is.
+    """
 
     hardware: Hardware
     num_sms: int
     calibration: Calibration = field(default_factory=Calibration)
+    fp32: bool = False
+
+    def __post_init__(self) -> None:
+        check_precision(self.hardware, "fp32" if self.fp32 else "bf16")
 
     @classmethod
-    def beside_all_to_all(cls, hardware: Hardware, calibration: Calibration | None = None, *, expert: int) -> "Machine":
+    def beside_all_to_all(
+        cls, hardware: Hardware, calibration: Calibration | None = None, *, expert: int, fp32: bool = False
+    ) -> "Machine":
         """What computes while experts over `expert` ranks exchange rows; calibration None: first principles.
 
         A machine that would have fewer SMs left than it gives away, such as a CPU, keeps all of them.
         """
         gives = expert > 1 and hardware.num_sms >= 2 * ALL_TO_ALL_SMS
-        return cls(hardware, hardware.num_sms - (ALL_TO_ALL_SMS if gives else 0), calibration or Calibration())
+        left = hardware.num_sms - (ALL_TO_ALL_SMS if gives else 0)
+        return cls(hardware, left, calibration or Calibration(), fp32=fp32)
 
     @property
     def sm_share(self) -> float:
         """Of the GPU's SMs."""
         return self.num_sms / self.hardware.num_sms
+
+    @property
+    def wide_flops(self) -> float:
+        """Peak of products that are not in FP8."""
+        return self.hardware.fp32_flops if self.fp32 and self.hardware.fp32_flops else self.hardware.bf16_flops
 
     def gemm(
         self, m: int, n: int, k: int, *, fp8: bool, kind: str = "linear_gemm", groups: int = 1, accumulate: bool = False
@@ -67,9 +83,9 @@ class Machine:
         """groups products [m, k] x [k, n]; kind: the class; accumulate: into FP32 in memory."""
         if min(m, n, k) < 1:
             return 0.0
-        peak = self.hardware.fp8_flops if fp8 else self.hardware.bf16_flops
+        peak = self.hardware.fp8_flops if fp8 else self.wide_flops
         waves = ceil(groups * ceil(m / TILE) * ceil(n / TILE) / self.num_sms)
-        start = GEMM_K0 if fp8 else GEMM_K0 / 2  # the same time at half the rate
+        start = GEMM_K0 if fp8 else GEMM_K0 / 2 * peak / self.hardware.bf16_flops  # the same time at a lower rate
         busy = waves * 2 * TILE * TILE * (k + start) / (GEMM_SHARE * peak / self.hardware.num_sms)
         moved = groups * m * n * 8 if accumulate else 0
         return self._scaled(kind, busy + self._bytes(moved))
@@ -81,7 +97,7 @@ class Machine:
     def attention(self, flops: float, *, backward: bool) -> float:
         """The attention core of so many causal FLOPs; backward: with what it computes again, 2.6 times the forward."""
         share = ATTENTION_GRAD_SHARE if backward else ATTENTION_SHARE
-        return self._scaled("attention", flops / (share * self.hardware.bf16_flops * self.sm_share))
+        return self._scaled("attention", flops / (share * self.wide_flops * self.sm_share))
 
     def stream(self, kind: str, num_bytes: float) -> float:
         """A kernel of class `kind` that is bound by the bytes it reads and writes."""

@@ -7,9 +7,10 @@ and the up-projections of attention are computed again, and outputs of SwiGLU.
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from math import ceil
 
 from model.config import ModelConfig
-from parallel.expert.cost import Traffic, Workload, traffic
+from parallel.expert.cost import FP8_TILE, Traffic, Workload, traffic
 from parallel.expert.reach import Gate
 from parallel.plan.kernels import ALL_TO_ALL_SMS as ALL_TO_ALL_SMS  # beside DEEPEP_SMS for whoever prices transfers
 from parallel.plan.kernels import DEEPEP_SMS, LINK_SHARE, Bill, Machine
@@ -22,8 +23,9 @@ class LayerShape:
     """What of a layer matters for its time.
 
     tokens: of a micro-batch on one rank, sequences of `sequence_length`. expert: ranks of the expert axis. fp8:
-    products in FP8, else BF16. way: how rows travel (`parallel.expert.cost.WAYS`). dispatch_fp8, dispatch_grad_fp8:
-    their wires. recompute: as `parallel.recompute`. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's.
+    products in FP8, else as wide as the rest. element: bytes of a wide number, 4 in FP32. way: how rows travel
+    (`parallel.expert.cost.WAYS`). dispatch_wire, dispatch_grad_wire, combine_wire: fp8, bf16 or fp32. recompute: as
+    `parallel.recompute`. scale_bytes: of an FP8 tile on the wire, 4 in DeepEP's.
     cut: ranks that share each sequence: every one gathers the latents of all of it and projects them up. imbalance: of
     the fullest rank of an expert group, rows over the mean.
     """
@@ -35,12 +37,14 @@ class LayerShape:
     ranks_per_node: int = 8
     fp8: bool = True
     way: str = "node"
-    dispatch_fp8: bool = True
-    dispatch_grad_fp8: bool = True
+    dispatch_wire: str = "fp8"
+    dispatch_grad_wire: str = "fp8"
+    combine_wire: str = "bf16"
     recompute: str = "none"
     scale_bytes: int = 1
     cut: int = 1
     imbalance: float = 1.0
+    element: int = 2
 
     @property
     def rows(self) -> int:
@@ -57,13 +61,17 @@ class LayerShape:
         c = self.model
         return Gate(c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group)
 
-    def workload(self, *, fp8: bool) -> Workload:
-        """One all-to-all of the layer."""
+    def workload(self) -> Workload:
+        """The rows of an all-to-all of the layer; their bytes are `row_bytes`."""
         per_node = min(self.ranks_per_node, self.expert)
-        dtype = "fp8" if fp8 and self.model.hidden_size % 128 == 0 else "bf16"
-        return Workload(
-            self.gate(), self.expert, per_node, self.tokens, self.model.hidden_size, dtype, self.scale_bytes
-        )
+        return Workload(self.gate(), self.expert, per_node, self.tokens, self.model.hidden_size, "bf16")
+
+    def row_bytes(self, wire: str) -> int:
+        """Of one row on its way, as `parallel.expert.wire.row_bytes`; ids and weights, under 1%, are not counted."""
+        hidden = self.model.hidden_size
+        if wire == "fp8":
+            return hidden + ceil(hidden / FP8_TILE) * self.scale_bytes
+        return hidden * (4 if wire == "fp32" else 2)
 
 
 def attention_flops(c: ModelConfig, tokens: int, sequence_length: int) -> float:
@@ -99,8 +107,8 @@ class _Pen:
             self.bill.add(phase, "quantise", self.machine.stream("quantise", 3 * rows * columns))
 
     def pass_over(self, phase: str, kind: str, elements: float, *, passes: float) -> None:
-        """An elementwise kernel in BF16 that reads and writes so many times its elements."""
-        self.bill.add(phase, kind, self.machine.stream(kind, 2 * passes * elements))
+        """An elementwise kernel on wide numbers that reads and writes so many times its elements."""
+        self.bill.add(phase, kind, self.machine.stream(kind, self.shape.element * passes * elements))
 
 
 def layer_bill(shape: LayerShape, machine: Machine, *, moe: bool) -> Bill:
@@ -161,7 +169,8 @@ def _router(pen: _Pen) -> None:
     for phase, count in (("attend", 1), ("attend_grad", 2)):
         for _ in range(count):
             pen.bill.add(phase, "elementwise", pen.machine.gemm(T, c.n_routed_experts, c.hidden_size, fp8=False))
-            pen.pass_over(phase, "elementwise", T * c.n_routed_experts, passes=20)  # scores, two top-k, in FP32
+            scores = pen.machine.stream("elementwise", 40 * T * c.n_routed_experts)  # and two top-k, in FP32
+            pen.bill.add(phase, "elementwise", scores)
 
 
 def _swiglu(pen: _Pen, phase: str, width: int) -> None:
@@ -176,17 +185,18 @@ def _swiglu(pen: _Pen, phase: str, width: int) -> None:
 def _experts(pen: _Pen) -> None:
     c, shape, m = pen.shape.model, pen.shape, pen.machine
     D, width, R, E = c.hidden_size, c.moe_intermediate_size, shape.rows, shape.local_experts
-    received = shape.tokens * (balanced_traffic(shape.workload(fp8=True), "node").ranks if shape.expert > 1 else 1.0)
+    received = shape.tokens * (balanced_traffic(shape.workload(), "node").ranks if shape.expert > 1 else 1.0)
     F, B, W = "experts", "experts_grad", "experts_grad_weights"
-    size = 1 if shape.fp8 else 2
+    wide = shape.element
+    size = 1 if shape.fp8 else wide
     for phase in (F, B):  # a row for every expert of a token; sums of a token's rows
         pen.bill.add(phase, "elementwise", m.stream("elementwise", size * D * (received + R)))
-        pen.bill.add(phase, "elementwise", m.stream("elementwise", 2 * D * (received + R)))
+        pen.bill.add(phase, "elementwise", m.stream("elementwise", wide * D * (received + R)))
     pen.bill.add(F, "grouped_gemm", m.grouped(R, 2 * width, D, fp8=shape.fp8, groups=E))
     pen.bill.add(F, "grouped_gemm", m.grouped(R, D, width, fp8=shape.fp8, groups=E))
     pen.bill.add(B, "grouped_gemm", m.grouped(R, width, D, fp8=shape.fp8, groups=E))
     pen.bill.add(B, "grouped_gemm", m.grouped(R, D, 2 * width, fp8=shape.fp8, groups=E))
-    pen.pass_over(F, "elementwise" if not shape.fp8 else "quantise", R * width, passes=2 + size / 2)  # with its cast
+    pen.pass_over(F, "elementwise" if not shape.fp8 else "quantise", R * width, passes=2 + size / wide)  # with its cast
     pen.pass_over(B, "elementwise", R * width, passes=6)
     for _ in range(2):  # its input, kept in FP8, back to BF16; the gradient to FP8
         pen.cast(B, R, 2 * width)
@@ -218,13 +228,11 @@ def transfers(shape: LayerShape, machine: Machine, *, sms: int) -> Transfers:
     share = LINK_SHARE * min(1.0, sms / DEEPEP_SMS)
     hardware = machine.hardware
     ib, nvlink = share * hardware.ib_bytes_per_second, share * hardware.nvlink_bytes_per_second
-    out = balanced_traffic(shape.workload(fp8=shape.dispatch_fp8), shape.way)
-    grads = balanced_traffic(shape.workload(fp8=shape.dispatch_grad_fp8), shape.way)
-    factor = machine.calibration.factor
-    dispatch, grads_out = (
-        factor("dispatch") * max(t.dispatch_ib_bytes / ib, t.dispatch_nvlink_bytes / nvlink) for t in (out, grads)
-    )
-    combine = factor("combine") * max(out.combine_ib_bytes / ib, out.combine_nvlink_bytes / nvlink)
+    rows, factor = balanced_traffic(shape.workload(), shape.way), machine.calibration.factor
+    row_seconds = max(rows.ib_rows / ib, rows.nvlink_rows / nvlink)  # for a byte of each
+    dispatch = factor("dispatch") * shape.row_bytes(shape.dispatch_wire) * row_seconds
+    grads_out = factor("dispatch") * shape.row_bytes(shape.dispatch_grad_wire) * row_seconds
+    combine = factor("combine") * shape.row_bytes(shape.combine_wire) * row_seconds
     latents = latent_bytes(shape) / ib
     moved = Transfers(dispatch + latents, combine, grads_out + 2 * latents, combine)
     # an expert group is as late as its fullest rank
@@ -234,7 +242,7 @@ def transfers(shape: LayerShape, machine: Machine, *, sms: int) -> Transfers:
 def latent_bytes(shape: LayerShape) -> float:
     """Of the other ranks' latents that attention over a cut sequence gathers; backward also sends their gradients."""
     c = shape.model
-    return 2.0 * (c.kv_lora_rank + c.qk_rope_head_dim) * shape.tokens * (shape.cut - 1)
+    return float(shape.element) * (c.kv_lora_rank + c.qk_rope_head_dim) * shape.tokens * (shape.cut - 1)
 
 
 @lru_cache(maxsize=256)

@@ -154,7 +154,7 @@ def setting_of(
 def under_way(shape: LayerShape, *, element: int) -> UnderWay:
     """Buffers of a micro-batch's transfers: `parallel.expert.flat` where a row goes to every expert, else `collective`.
 
-    Both sides have one, and the first stage's stays until the second is over. Wires as configured; partial sums wide.
+    Both sides have one, and the first stage's stays until the second is over. Wires as configured.
     """
     wide = shape.model.hidden_size * element
     if shape.expert == 1:
@@ -162,14 +162,13 @@ def under_way(shape: LayerShape, *, element: int) -> UnderWay:
     if shape.way == "expert":
         rows = 2.0 * shape.rows * wide
         return UnderWay(rows, rows, rows, FLAT_INDEX_BYTES * shape.rows)
-    copies = balanced_traffic(shape.workload(fp8=True), shape.way)
+    copies = balanced_traffic(shape.workload(), shape.way)
     share = shape.rows / (shape.tokens * shape.model.num_experts_per_tok)
     one_node = shape.expert <= shape.ranks_per_node
     reached = share * shape.tokens * (copies.ranks + (0.0 if one_node else copies.nodes))
-    narrow = shape.model.hidden_size * (1 + 1 / 128)
-    out, gradient = (narrow if fp8 else wide for fp8 in (shape.dispatch_fp8, shape.dispatch_grad_fp8))
-    index = ROUTED_INDEX_BYTES * shape.rows + COPY_INDEX_BYTES * reached
-    return UnderWay(2 * reached * out, 2 * reached * gradient, 2 * reached * wide, index)
+    wires = (shape.dispatch_wire, shape.dispatch_grad_wire, shape.combine_wire)
+    out, gradient, back = (2 * reached * shape.row_bytes(wire) for wire in wires)
+    return UnderWay(out, gradient, back, ROUTED_INDEX_BYTES * shape.rows + COPY_INDEX_BYTES * reached)
 
 
 def layer_kept_bytes(setting: Setting, *, moe: bool) -> float:

@@ -76,6 +76,9 @@ def test_no_time_on_a_cpu_is_below_zero(capsys, tmp_path, threads):
     found = json.loads(capsys.readouterr().out)
     assert all(seconds >= 0 for seconds in found["phases_seconds"].values()), found["phases_seconds"]
     assert found["phases_seconds"]["1F1B"] > 0 and 0 < found["mfu_causal"] < 1
+    assert main([*words, "--precision", "fp32"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CPU has no fp32_flops: add to its file fp32_flops: {value: NUMBER" in line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from parallel.plan.hardware import HardwareError
 from parallel.plan.kernels import Calibration, Machine
 from tests.parallel.plan.jobs import h800
 
@@ -58,3 +59,16 @@ def test_the_all_to_all_takes_sms_only_where_there_are_enough(there, expert, lef
     hardware = replace(h800(), num_sms=there)
     machine = Machine.beside_all_to_all(hardware, expert=expert)
     assert machine.num_sms == left and machine.gemm(64, 64, 64, fp8=False) > 0
+
+
+def test_fp32_products_run_at_their_own_peak():
+    """67 of 989 TFLOPS, without TF32, which torch does not use unasked."""
+    bf16, fp32 = (Machine(h800(), 132, fp32=wide) for wide in (False, True))
+    ratio = 989.4 / 67
+    assert fp32.gemm(4096, 4096, 4096, fp8=False) == pytest.approx(
+        ratio * bf16.gemm(4096, 4096, 4096, fp8=False), rel=0.1
+    )
+    assert fp32.attention(1e12, backward=True) == pytest.approx(ratio * bf16.attention(1e12, backward=True))
+    assert fp32.gemm(256, 256, 256, fp8=True) == bf16.gemm(256, 256, 256, fp8=True)
+    with pytest.raises(HardwareError, match="H800 has no fp32_flops: add to its file"):
+        Machine(replace(h800(), fp32_flops=None), 132, fp32=True)
