@@ -129,7 +129,7 @@ def as_tree(found: Plan, cost: Hours, helps: list[Change]) -> dict[str, Any]:
         "schedule": found.schedule.name,
         "layers_per_stage": [len(stage) for stage in found.stages],
         "calibration": job.calibration.source,
-        "assumed": assumptions(job),
+        "assumed": [*assumptions(job), *cost.assumed],
         "step_seconds": found.step_seconds,
         "phases_seconds": found.split.rows(),
         "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,

@@ -80,5 +80,5 @@ def _words(found: Plan, cost: Hours, helps: list[Change]) -> str:
     if helps:
         items = "".join(f"<li>{html.escape(change_line(found, change))}</li>" for change in helps)
         said += f"<h2>What would help most, each change planned by itself</h2><ul>{items}</ul>"
-    said += "".join(f"<p>Assumed: {html.escape(line)}</p>" for line in assumptions(found.job))
+    said += "".join(f"<p>Assumed: {html.escape(line)}</p>" for line in [*assumptions(found.job), *cost.assumed])
     return said + f"<p>Kernels as in: {html.escape(found.job.calibration.source)}</p></div>"

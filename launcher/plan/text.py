@@ -4,7 +4,7 @@ import textwrap
 
 from launcher.plan.units import count, days, dollars, gpu_hours, seconds, size
 from parallel.plan.advice import Change, assumptions, bound_by, pair_work
-from parallel.plan.recipe import EXTENSIONS, Hours, has_ramp
+from parallel.plan.recipe import EXTENSIONS, Hours
 from parallel.plan.step import Plan
 
 WIDTH, BAR = 80, 30
@@ -110,15 +110,17 @@ def cost_line(found: Plan, cost: Hours) -> str:
     """GPU-hours, days and money of the run."""
     line = f"{count(found.job.tokens)} tokens: {gpu_hours(cost.total)} GPU-hours, {days(cost.days)}, "
     line += f"{dollars(cost.dollars)} at ${cost.dollars_per_gpu_hour:g} a GPU-hour"
-    if has_ramp(found.job):
-        names = " and ".join(f"{length // 1024}K" for length, _, _ in EXTENSIONS)
+    if cost.ramp:
         line += f"; of these {gpu_hours(cost.ramp)} while the batch grows"
+    if cost.extensions:
+        names = " and ".join(f"{length // 1024}K" for length, _, _ in EXTENSIONS)
         line += f" and {gpu_hours(sum(cost.extensions))} at {names}"
     return line
 
 
 def _cost(found: Plan, cost: Hours) -> list[str]:
-    return wrapped(cost_line(found, cost))
+    lines = [cost_line(found, cost), *(f"assumed: {line}" for line in cost.assumed)]
+    return [part for line in lines for part in wrapped(line)]
 
 
 def _advice(found: Plan, helps: list[Change]) -> list[str]:

@@ -20,7 +20,7 @@ PRECISIONS = ("fp8", "bf16", "fp32")
 # What an FP8 run on GPUs needs in place of an emulation's defaults (launcher/check/fp8.py).
 GPU_FP8 = {
     "backend": "transformer_engine", "attention_cache": "wide", "input_cache": "wide", "recompute_swiglu": False,
-    "gradient_amax_floor": 0.0,
+    "gradient_amax_floor": 0.0, "weights_per_step": True, "watch_every": 0,
 }  # fmt: skip
 
 

@@ -17,13 +17,17 @@ EXTENSIONS = ((32768, 1920, 1000), (131072, 480, 1000))  # sequence length, sequ
 
 @dataclass(frozen=True)
 class Hours:
-    """GPU-hours of pretraining with its ramp, of the ramp alone, and of each extension phase."""
+    """GPU-hours of pretraining with its ramp, of the ramp alone, and of each extension phase.
+
+    assumed: what of these the configuration does not have, a line each.
+    """
 
     pretraining: float
     ramp: float
     extensions: tuple[float, ...]
     num_gpus: int
     dollars_per_gpu_hour: float
+    assumed: tuple[str, ...] = ()
 
     @property
     def total(self) -> float:
@@ -59,16 +63,32 @@ def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
     growth = job.ramp or (report_ramp(job.global_batch_size) if has_ramp(job) else ())
     if not growth:
         return Hours(job.tokens * full * gpu_hours, 0.0, (), job.num_gpus, per_hour)
+    assumed = []
+    if not job.ramp:
+        assumed.append(
+            f"the report's growing batch, {RAMP_FROM:,} to {job.global_batch_size:,} sequences over the first "
+            f"{RAMP_TOKENS / 1e9:.0f}B tokens, where the run's is constant"
+        )
     ramp = _ramp_seconds(plan, growth) * gpu_hours
     rest = (job.tokens - sum(tokens for _, tokens in growth)) * full * gpu_hours
     extensions = []
     for length, sequences, steps in EXTENSIONS if has_ramp(job) else ():
-        extensions.append(steps * estimate(extension(plan, length, sequences))[0] * gpu_hours)
-    return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour)
+        longer, fits = cut_to_fit(plan, length, sequences)
+        extensions.append(steps * estimate(longer)[0] * gpu_hours)
+        assumed.append(
+            f"the report's extension to {length // 1024}K, {steps:,} steps of {sequences:,} sequences, each cut over "
+            f"{longer.cut} ranks, which the engine cannot do" + ("" if fits else "; no cut of them fits the GPUs")
+        )
+    return Hours(ramp + rest, ramp, tuple(extensions), job.num_gpus, per_hour, tuple(assumed))
 
 
 def extension(plan: Plan, length: int, sequences: int) -> Job:
-    """The plan's job at a longer context, on the same ranks.
+    """The plan's job at a longer context, on the same ranks; see `cut_to_fit`."""
+    return cut_to_fit(plan, length, sequences)[0]
+
+
+def cut_to_fit(plan: Plan, length: int, sequences: int) -> tuple[Job, bool]:
+    """The plan's job at a longer context, and whether it fits; if not, with the largest cut that was tried.
 
     A whole sequence does not fit a GPU, and the report does not say what it did: here every sequence is cut over as few
     ranks as make it fit (and divide over the pipelines). The engine cannot do that yet.
@@ -81,12 +101,12 @@ def extension(plan: Plan, length: int, sequences: int) -> Job:
         longer = replace(longer, cut=cut)
         memory = of_job(longer, longer.short_schedule(), plan.stages)
         if max(rank.total for rank in memory) <= job.hardware.memory_bytes:
-            break
-    return longer
+            return longer, True
+    return longer, False
 
 
 def has_ramp(job: Job) -> bool:
-    """Whether the report's ramp and extensions are counted."""
+    """Whether the report's extensions are counted, and its growing batch where the run's is constant."""
     fits = RAMP_FROM % (job.micro_batch_size * job.parallel.data) == 0
     return job.tokens > 2 * RAMP_TOKENS and job.global_batch_size > RAMP_FROM and fits
 

@@ -4,6 +4,7 @@ import pytest
 
 from model.fp8.config import FP8Config
 from parallel.pipeline.simulate_phases import simulate_phases
+from parallel.plan import recipe
 from parallel.plan.advice import assumptions, bound_by, candidates, changes, estimate
 from parallel.plan.feasible import memory_problems
 from parallel.plan.kernels import LINK_SHARE
@@ -134,4 +135,19 @@ def test_hours_of_a_constant_batch():
     found, cost = plan(job), hours(plan(job), price_per_hour=3.0)
     expected = 1e10 / job.tokens_per_step * found.step_seconds * job.num_gpus / 3600
     assert cost.total == pytest.approx(expected) and cost.dollars == pytest.approx(3 * expected)
-    assert cost.ramp == 0 and cost.extensions == ()
+    assert cost.ramp == 0 and cost.extensions == () and cost.assumed == ()
+
+
+def test_what_the_hours_put_in_is_told(monkeypatch):
+    """By the run's size alone the report's growing batch and its longer contexts are counted."""
+    job = small(tokens=1e12, global_batch_size=3200).with_parallel(data=128)
+    found = plan(job)
+    cost = hours(found)
+    grows, *longer = cost.assumed
+    assert "growing batch, 3,072 to 3,200 sequences" in grows and len(longer) == len(cost.extensions) == 2
+    assert "extension to 32K, 1,000 steps of 1,920 sequences, each cut over" in longer[0]
+    own = hours(plan(replace(job, ramp=((1600, 1e10),))))
+    assert own.ramp > 0 and own.assumed == cost.assumed[1:]
+    monkeypatch.setattr(recipe, "EXTENSIONS", ((8192, 256, 10),))
+    less = replace(job, hardware=replace(job.hardware, memory_bytes=1e9))
+    assert hours(plan(less)).assumed[1].endswith("no cut of them fits the GPUs")
