@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.config import ModelConfig
 from parallel.plan.hardware import Hardware, HardwareError
+from parallel.plan.job import Job
 from parallel.plan.kernels import ALL_TO_ALL_SMS, CLASSES, Calibration, Machine
 from parallel.plan.layers import LayerShape, layer_bill, transfers
 from parallel.plan.trace import TraceSummary, calibrate, read_trace
@@ -28,6 +29,14 @@ def predicted_classes(shape: LayerShape, hardware: Hardware, *, layers: int) -> 
 def trace_shape(model: ModelConfig, *, tokens: int, expert: int, ranks_per_node: int) -> LayerShape:
     """The layer of a trace of DeepSeek's own kernels, whose rows travel with FP32 scales."""
     return LayerShape(model, tokens, tokens, expert, ranks_per_node, scale_bytes=4, recompute="report")
+
+
+def shape_in_trace(job: Job) -> LayerShape:
+    """The layer of a trace of a job's own pair."""
+    parallel = job.parallel
+    per_node = min(parallel.expert, parallel.ranks_per_node or job.hardware.gpus_per_node)
+    tokens = job.micro_batch_size * job.sequence_length
+    return trace_shape(job.model, tokens=tokens, expert=parallel.expert, ranks_per_node=per_node)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,9 @@ def from_trace(path: Path, shape: LayerShape, hardware: Hardware, *, layers: int
     return FromTrace(_sane(found, where=str(path)), measured)
 
 
-def to_tree(calibration: Calibration, measured: TraceSummary, *, training: float, training_source: str) -> dict:
+def to_tree(
+    calibration: Calibration, measured: TraceSummary, *, training: float, training_source: str
+) -> dict[str, object]:
     """What a calibration file holds: the factors, and the seconds that they come from."""
     return {
         "source": calibration.source,
