@@ -7,6 +7,7 @@ torch alone is imported, for what only it can tell.
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -19,7 +20,7 @@ from launcher.check.packages import deepspeed_problem, missing_tools
 from launcher.check.recipe import is_data_missing, prepare_command
 from launcher.check.run import problems
 from launcher.config import RunConfig, draft
-from launcher.plan.inputs import hardware_of
+from launcher.plan.inputs import CLUSTER, clusters, hardware_of
 from launcher.plan.inputs import problems as cluster_problems
 from launcher.schedule_choice import resolved
 
@@ -95,23 +96,35 @@ def config_rows(config: RunConfig, *, is_clean: bool = True) -> Iterator[Row]:
 
 
 def cluster_rows(config: RunConfig) -> Iterator[Row]:
-    """What the planner says of the run on the GPUs here, or on those that `expertpipe plan` takes by default."""
-    if config.train.device != "cuda":
+    """What the planner says of a run that would use GPUs: on those here, else on those that `plan` takes by default.
+
+    Where these are not the GPUs here, the row says so.
+    """
+    gpu = "" if config.train.device == "cpu" else gpu_here()
+    if not gpu and config.train.device != "cuda":
         return
-    hardware = hardware_of(cluster_here())
+    known = next((name for name in clusters() if re.search(rf"\b{name}\b", gpu.lower())), None)
+    hardware = hardware_of(known or CLUSTER)
+    judged, advice = "", ""
+    if known is None:
+        here = f"there is no file for {gpu}" if gpu else "no GPU is here"
+        judged = f" (judged as {hardware.name}: {here})"
+        advice = "expertpipe plan --cluster FILE.yaml judges by its numbers" if gpu else ""
     found = cluster_problems(resolved(config), hardware)
     for message in found:
-        yield Row("cluster", "FAIL", message)
+        yield Row("cluster", "FAIL", f"{message}{judged}")
     if not found:
-        yield Row("cluster", "ok", f"fits {config.parallel.world_size} {hardware.name} by expertpipe plan")
+        fits = f"fits {config.parallel.world_size} {hardware.name} by expertpipe plan{judged}"
+        yield Row("cluster", "ok", fits, advice)
 
 
-def cluster_here() -> str:
-    """The hardware file of the GPU here, h800 where there is none that it knows."""
-    import torch
-
-    name = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
-    return next((known for known in ("h200", "h100", "h800") if known in name), "h800")
+def gpu_here() -> str:
+    """The first GPU's name as its driver gives it; empty without a usable one."""
+    try:
+        import torch
+    except (ImportError, OSError):  # `torch_rows` says so
+        return ""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
 
 
 def print_table(found: Sequence[Row], title: str) -> None:

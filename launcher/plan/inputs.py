@@ -36,11 +36,16 @@ def folder() -> Path:
     return Path(next(iter(configs.__path__))).resolve() / "cluster"
 
 
+def clusters() -> list[str]:
+    """Names of the hardware files that come with expertpipe."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
 def hardware_of(name: str) -> Hardware:
     """A cluster by its name, or from a YAML file; HardwareError with the nearest name."""
     if name.endswith((".yaml", ".yml")):
         return read(Path(name))
-    known = sorted(path.stem for path in folder().glob("*.yaml"))
+    known = clusters()
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         meant = f"; did you mean {near[0]}?" if near else ""

@@ -107,6 +107,39 @@ def test_a_run_on_a_cpu_is_not_judged_by_gpus() -> None:
     assert list(module.cluster_rows(compose(["experiment=tiny", "train.device=cpu"]))) == []
 
 
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        ("NVIDIA H200", "fits 2048 H200 by expertpipe plan"),
+        ("NVIDIA H100 80GB HBM3", "fits 2048 H100 by expertpipe plan"),
+        (
+            "NVIDIA GH200 480GB",
+            "fits 2048 H800 by expertpipe plan (judged as H800: there is no file for NVIDIA GH200 480GB)",
+        ),
+        ("", None),
+    ],
+)
+def test_device_auto_is_judged_by_the_gpu_that_it_would_take(
+    monkeypatch: pytest.MonkeyPatch, gpu: str, said: str | None
+) -> None:
+    monkeypatch.setattr(module, "gpu_here", lambda: gpu)
+    words = ("train.device=auto", "parallel.schedule=1f1b")
+    assert [row.found for row in rows_of_cluster(*words)] == ([said] if said else [])
+
+
+def test_what_a_run_is_judged_by_where_its_gpu_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gpu_here", lambda: "NVIDIA A100-SXM4-80GB")
+    (fits,) = rows_of_cluster("parallel.schedule=1f1b")
+    assert fits.status == "ok" and "judged as H800" in fits.found and "plan --cluster FILE.yaml" in fits.advice
+    (large,) = rows_of_cluster("train.precision=bf16")
+    assert large.status == "FAIL" and large.found.endswith(
+        "(judged as H800: there is no file for NVIDIA A100-SXM4-80GB)"
+    )
+    monkeypatch.setattr(module, "gpu_here", lambda: "")
+    (fits,) = rows_of_cluster("parallel.schedule=1f1b")
+    assert fits.found.endswith("(judged as H800: no GPU is here)")
+
+
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder at the head of the import path."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.__main__ import main
-from launcher.plan.inputs import config_of, hardware_of, of_config, shipped
+from launcher.plan.inputs import config_of, hardware_of, of_config, problems, shipped
 from launcher.show.timeline import FILLS
 from parallel.plan.hardware import HardwareError
 from parallel.plan.search import weigh
@@ -165,9 +165,18 @@ def test_what_a_search_prints_gives_the_layout_that_it_ranked(capsys, gpus):
 
 
 def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
-    words = ["experiment=deepseek_v3_2048_h800", "parallel.expert=128"]
-    assert main(["plan", *words]) == 2
-    assert "parallel.expert=128" in capsys.readouterr().err
+    """And one expert's rank that does not hold a layer: the nearest that works is named, and it does."""
+    run = "experiment=deepseek_v3_2048_h800"
+    assert main(["plan", run, "parallel.expert=128"]) == 2
+    error = capsys.readouterr().err
+    assert "parallel.expert=128: n_group=8: group 0 lies across nodes" in error
+    assert error.endswith("or use parallel.expert=64\n")
+    assert main(["plan", run, "parallel.expert=1", "--precision", "fp32"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "one layer takes" in error and error.endswith(": use parallel.expert=2\n")
+    for expert, precision, works in ((128, "fp8", False), (64, "fp8", True), (1, "fp32", False), (2, "fp32", True)):
+        words = [run, f"parallel.expert={expert}", f"train.precision={precision}"]
+        assert (problems(config_of(words), hardware_of("h800"), memory=False) == []) == works
 
 
 @pytest.mark.slow
