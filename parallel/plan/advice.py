@@ -9,7 +9,7 @@ from parallel.plan.cost import StageCosts
 from parallel.plan.job import Job, fp8_problem
 from parallel.plan.kernels import Machine
 from parallel.plan.layers import layer_bill
-from parallel.plan.step import Plan, estimate
+from parallel.plan.step import Plan, fits, seconds
 
 # Classes of kernels that somebody could make faster, as users call them.
 COMPUTED = {
@@ -65,13 +65,14 @@ def changes(found: Plan, *, most: int = 3) -> list[Change]:
     tried = []
     for what, job in candidates(found.job, fits=found.fits):
         try:
-            seconds, fits = estimate(job)
+            does = fits(job)
+            if found.fits and not does:
+                continue
+            per_token = seconds(job) / job.tokens_per_step * found.job.tokens_per_step
         except (ScheduleError, SplitError):
             continue
-        per_token = seconds / job.tokens_per_step * found.job.tokens_per_step
-        tried.append(Change(what, per_token, found.step_seconds - per_token, fits))
-    useful = [c for c in tried if (c.saved_seconds > 0.002 * found.step_seconds and c.fits >= found.fits)
-              or (c.fits and not found.fits)]  # fmt: skip
+        tried.append(Change(what, per_token, found.step_seconds - per_token, does))
+    useful = [c for c in tried if c.saved_seconds > 0.002 * found.step_seconds or (c.fits and not found.fits)]
     return sorted(useful, key=lambda c: (-c.fits, -c.saved_seconds))[:most]
 
 

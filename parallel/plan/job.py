@@ -9,6 +9,7 @@ from model.fp8.config import DEFAULT_FP8, TRANSFORMER_ENGINE_MULTIPLE, FP8Config
 from model.fp8.precision_map import WIDE
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Schedule
+from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedules import build, is_file
 from parallel.pipeline.split import split_layers
 from parallel.plan.hardware import Hardware
@@ -32,6 +33,14 @@ def fp8_problem(model: ModelConfig) -> str | None:
         if len(shape) > 1 and not any(part in name for part in WIDE) and any(size % least for size in shape[-2:]):
             return f"{name} is {' x '.join(map(str, shape[-2:]))}, FP8 products take multiples of {least}"
     return None
+
+
+@lru_cache(maxsize=256)
+def _split(
+    model: ModelConfig, num_stages: int, given: tuple[int, ...] | None, placement: Placement
+) -> tuple[range, ...]:
+    """`split_layers`, once for each question."""
+    return split_layers(model, num_stages, given, placement=placement)
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Job:
     def stages(self, schedule: Schedule) -> tuple[range, ...]:
         """Layers of each stage, as the run splits them."""
         given = self.parallel.layers_per_stage
-        return split_layers(self.model, schedule.num_stages, given, placement=schedule.placement)
+        return _split(self.model, schedule.num_stages, given, schedule.placement)
 
     @property
     def emulates(self) -> bool:

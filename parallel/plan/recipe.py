@@ -7,7 +7,7 @@ from parallel.pipeline.simulate_phases import simulate_phases
 from parallel.plan.cost import price
 from parallel.plan.job import Job
 from parallel.plan.memory import of_job
-from parallel.plan.step import Plan, estimate
+from parallel.plan.step import Plan, seconds
 
 RAMP_TOKENS = 469e9  # report section 4.2: 3,072 to 15,360 sequences in the first 469B tokens, steps not published
 RAMP_FROM = 3072
@@ -74,7 +74,7 @@ def hours(plan: Plan, *, price_per_hour: float | None = None) -> Hours:
     extensions = []
     for length, sequences, steps in EXTENSIONS if has_ramp(job) else ():
         longer, fits = cut_to_fit(plan, length, sequences)
-        extensions.append(steps * estimate(longer)[0] * gpu_hours)
+        extensions.append(steps * seconds(longer) * gpu_hours)
         assumed.append(
             f"the report's extension to {length // 1024}K, {steps:,} steps of {sequences:,} sequences, each cut over "
             f"{longer.cut} ranks, which the engine cannot do" + ("" if fits else "; no cut of them fits the GPUs")
@@ -130,6 +130,6 @@ def _ramp_seconds(plan: Plan, ramp: tuple[tuple[int, float], ...]) -> float:
     for batch, tokens in ramp:
         at = max(0, min(bisect(batches, batch), len(batches) - 1) - 1)
         share = (batch - batches[at]) / (batches[at + 1] - batches[at])
-        seconds = times[at] + share * (times[at + 1] - times[at])
-        total += tokens / (batch * job.sequence_length) * seconds
+        took = times[at] + share * (times[at + 1] - times[at])
+        total += tokens / (batch * job.sequence_length) * took
     return total

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.schedules import ScheduleError, stages_per_rank_of
 from parallel.pipeline.split import SplitError
-from parallel.plan.advice import RECOMPUTE, estimate
+from parallel.plan.advice import RECOMPUTE
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
 from parallel.plan.job import Job, fp8_problem
 from parallel.plan.memory import holdings, of_job
-from parallel.plan.step import end_of_step
+from parallel.plan.step import end_of_step, seconds
 
 SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
 MICRO_BATCHES = (1, 2, 4)
@@ -98,7 +98,7 @@ def search(
     found = [replace(c, given=job) for c in _fitting(begin, rejections, precisions)]
     others = sorted((c for c in found if all(c.job != o.job for o in own)), key=lambda c: c.weighed)
     rejections.looked_at -= len(found) - len(others)  # the own layout again
-    timed = [*own, *(replace(c, step_seconds=estimate(c.job)[0]) for c in others[:simulated])]
+    timed = [*own, *(replace(c, step_seconds=seconds(c.job)) for c in others[:simulated])]
     ranked = (*sorted(timed, key=lambda c: c.step_seconds or 0.0), *others[simulated:])
     smallest = None if ranked else _smallest(begin, precisions)
     return Found(ranked, rejections, rejections.looked_at, smallest)
@@ -122,8 +122,8 @@ def _own(job: Job, rejections: Rejections) -> Iterator[Candidate]:
             schedule = layout.short_schedule()
             most = max(rank.total for rank in of_job(layout, schedule, layout.stages(schedule)))
             if most <= job.hardware.memory_bytes:
-                seconds, _ = estimate(layout)
-                yield Candidate(layout, job, most, seconds, seconds)
+                time = seconds(layout)
+                yield Candidate(layout, job, most, time, time)
                 return
             reason = "memory", f"{most / 2**30:.0f} GiB, {job.hardware.memory_bytes / 2**30:.0f} there"
     except (ScheduleError, SplitError) as error:

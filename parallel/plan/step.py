@@ -87,22 +87,29 @@ def _timed(job: Job) -> Plan:
     return Plan(job, schedule, stages, costs, timeline, split, ())
 
 
-def estimate(job: Job) -> tuple[float, bool]:
-    """Seconds of a step and whether it fits.
+def fits(job: Job) -> bool:
+    """Whether every rank's memory fits the GPU."""
+    schedule = job.short_schedule()
+    return max(rank.total for rank in of_job(job, schedule, job.stages(schedule))) <= job.hardware.memory_bytes
 
-    Of many micro-batches two smaller numbers are simulated and drawn out straight, which a schedule in its steady
-    state follows; peaks of memory are reached by then.
+
+def seconds(job: Job) -> float:
+    """Of a step. Of many micro-batches two smaller numbers are simulated and drawn out straight.
+
+    A schedule in its steady state follows that.
     """
     ranks, number = job.parallel.pipeline, job.num_microbatches
     low, high = 2 * ranks, 2 * ranks + 4
     samples = job.micro_batch_size * job.parallel.data
     if not job.settles or number <= high or samples * low % job.cut or samples * high % job.cut:
-        whole = plan(job)
-        return whole.step_seconds, whole.fits
-    short, longer = (make(replace(job, global_batch_size=samples * n // job.cut))
-                     for make, n in ((_timed, low), (plan, high)))  # fmt: skip
-    slope = (longer.step_seconds - short.step_seconds) / (high - low)
-    return longer.step_seconds + (number - high) * slope, longer.fits
+        return _timed(job).step_seconds
+    short, longer = (_timed(replace(job, global_batch_size=samples * n // job.cut)).step_seconds for n in (low, high))
+    return longer + (number - high) * (longer - short) / (high - low)
+
+
+def estimate(job: Job) -> tuple[float, bool]:
+    """`seconds` of a step, and whether it `fits`."""
+    return seconds(job), fits(job)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ import pytest
 from model.fp8.config import FP8Config
 from parallel.pipeline.simulate_phases import simulate_phases
 from parallel.plan import recipe
-from parallel.plan.advice import assumptions, bound_by, candidates, changes, estimate
+from parallel.plan.advice import assumptions, bound_by, candidates, changes
 from parallel.plan.feasible import memory_problems
 from parallel.plan.kernels import LINK_SHARE
 from parallel.plan.memory import holdings
 from parallel.plan.recipe import hours
-from parallel.plan.step import plan
+from parallel.plan.step import estimate, plan
 from tests.parallel.plan.jobs import ENGINE, small, v3
 
 
