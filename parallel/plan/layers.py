@@ -12,7 +12,6 @@ from math import ceil
 from model.config import ModelConfig
 from parallel.expert.cost import FP8_TILE, Traffic, Workload, traffic
 from parallel.expert.reach import Gate
-from parallel.plan.kernels import ALL_TO_ALL_SMS as ALL_TO_ALL_SMS  # beside DEEPEP_SMS for whoever prices transfers
 from parallel.plan.kernels import DEEPEP_SMS, LINK_SHARE, Bill, Machine
 
 PHASES = ("attend", "shared", "experts", "attend_grad", "shared_grad", "experts_grad")
