@@ -3,6 +3,7 @@
 import json
 
 from launcher.plan.text import wrapped
+from launcher.plan.units import seconds
 from parallel.plan.hardware import check_cluster
 from parallel.plan.job import Job
 from parallel.plan.search import PRECISIONS, Candidate, Found, search
@@ -53,15 +54,15 @@ def text(found: Found) -> list[str]:
     """At most 80 columns."""
     lines = [f"{found.looked_at} layouts, {len(found.candidates)} fit"]
     if found.candidates:
-        lines.append("  PP  data    EP schedule    micro recompute      GiB   step s tokens/s/GPU")
+        lines.append("  PP  data    EP schedule    micro recompute     GiB      step tokens/s/GPU")
     shown = [c for i, c in enumerate(found.candidates) if i < SHOWN or c.is_own]
     for c in shown:
         p = c.job.parallel
-        seconds = "weighed" if c.step_seconds is None else f"{c.step_seconds:.2f}"
+        time = "weighed" if c.step_seconds is None else seconds(c.step_seconds)
         lines.append(
             f"{p.pipeline:4}{p.data:6}{p.expert:6} {p.schedule[-11:]:<11}{c.job.micro_batch_size:6} "
-            f"{p.recompute:<8}{c.job.precision:<5}{c.memory_bytes / 2**30:6.1f}{seconds:>9}"
-            f"{c.tokens_per_second_per_gpu:13,.0f}{' own' if c.is_own else ''}"
+            f"{p.recompute:<8}{c.job.precision:<5}{c.memory_bytes / 2**30:6.1f}{time:>10}"
+            f"{c.tokens_per_second_per_gpu:12,.0f}{' own' if c.is_own else ''}"
         )
     if found.candidates:
         lines += ["", *wrapped(found.candidates[0].words())]

@@ -164,6 +164,14 @@ def test_what_a_search_prints_gives_the_layout_that_it_ranked(capsys, gpus):
         assert estimate(job)[0] == best["step_seconds"]
 
 
+def test_a_search_as_text_fits_80_columns(capsys):
+    assert main(["plan", "experiment=tiny", "--cluster", "h100", "--search", "parallel.layers_per_stage=[2,4]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[2 : lines.index("")]
+    assert max(map(len, lines)) <= 80 and sum(line.endswith(" own") for line in table) == 1
+    assert all(" ms" in line and " 0.00 ms" not in line for line in table)  # a step of milliseconds
+
+
 def test_experts_over_more_nodes_than_the_gate_has_groups(capsys):
     """And one expert's rank that does not hold a layer: the nearest that works is named, and it does."""
     run = "experiment=deepseek_v3_2048_h800"
