@@ -44,6 +44,11 @@ class Mesh:
         size = num_experts // self.config.expert
         return range(self.expert_rank * size, (self.expert_rank + 1) * size)
 
+    def expert_ranks(self) -> tuple[int, ...]:
+        """The ranks that hold all experts between them, this one among them."""
+        first = self.rank - self.expert_rank
+        return tuple(range(first, first + self.config.expert))
+
     def pipeline_ranks(self) -> tuple[int, ...]:
         """This rank's pipeline, first to last."""
         return tuple(self.rank_at(p, self.data_rank) for p in range(self.config.pipeline))
@@ -58,8 +63,33 @@ class Mesh:
         return tuple(self.rank_at(p, d) for p in sorted(holders) for d in data)
 
 
+@dataclass(frozen=True)
+class Membership:
+    """One process group of a run: its ranks. up: the pipeline's second one, for messages to lower ranks."""
+
+    ranks: tuple[int, ...]
+    up: bool = False
+
+
+def memberships(config: ParallelConfig, holder_sets: Iterable[tuple[int, ...]]) -> tuple[Membership, ...]:
+    """Every process group that `Groups` creates, in the order in which all ranks do, each but the pipelines' once.
+
+    holder_sets: of pipeline ranks, each of which holds a stage or a weight between them.
+    """
+    data_ranks, experts = ([Mesh(config, rank) for rank in range(n)] for n in (config.data, config.expert))
+    found = dict.fromkeys([Membership(tuple(range(config.world_size)))])
+    found |= dict.fromkeys(Membership(mesh.pipeline_ranks()) for mesh in data_ranks)
+    found |= dict.fromkeys(Membership(mesh.pipeline_ranks(), up=True) for mesh in data_ranks)
+    starts = range(0, config.world_size, config.expert)
+    found |= dict.fromkeys(Membership(Mesh(config, start).expert_ranks()) for start in starts)
+    for holders in sorted(set(holder_sets)):
+        found |= dict.fromkeys([Membership(data_ranks[0].gradient_ranks(holders, expert=False))])
+        found |= dict.fromkeys(Membership(mesh.gradient_ranks(holders, expert=True)) for mesh in experts)
+    return tuple(found)
+
+
 class Groups:
-    """Process groups of one rank, created in the same order by all ranks.
+    """Process groups of one rank, created in the same order by all ranks (`memberships`).
 
     expert: the rank's expert group. down, up: the pipeline, for messages to higher and to lower ranks, so that the two
     directions of traffic never queue behind each other. world: all ranks. timeout: of every collective.
@@ -67,31 +97,15 @@ class Groups:
 
     def __init__(self, mesh: Mesh, holder_sets: Iterable[tuple[int, ...]], *, timeout: timedelta) -> None:
         self.mesh, self.timeout = mesh, timeout
-        config = mesh.config
-        everyone = [Mesh(config, rank) for rank in range(config.world_size)]
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self.world = self._create([tuple(range(config.world_size))])
-        self.down = self._create(m.pipeline_ranks() for m in everyone[: config.data])
-        self.up = self._create((m.pipeline_ranks() for m in everyone[: config.data]), again=True)
-        self.expert = self._create(tuple(m.rank - m.expert_rank + e for e in range(config.expert)) for m in everyone)
-        for holders in sorted(set(holder_sets)):
-            for expert in (False, True):
-                self._create(m.gradient_ranks(holders, expert=expert) for m in everyone)
-
-    def _create(self, memberships: Iterable[tuple[int, ...]], *, again: bool = False) -> dist.ProcessGroup:
-        """Create every distinct group; the one this rank is in is returned (None if it is in none of them)."""
-        mine = None
-        for ranks in dict.fromkeys(memberships):
-            if again or ranks not in self._groups:
-                group = dist.new_group(list(ranks), timeout=self.timeout)
-                if not again:
-                    self._groups[ranks] = group  # type: ignore[assignment]
-            else:
-                group = self._groups[ranks]
-            if self.mesh.rank in ranks:
-                mine = group
-        return mine  # type: ignore[return-value]
+        made: dict[Membership, dist.ProcessGroup] = {}
+        for one in memberships(mesh.config, holder_sets):
+            made[one] = dist.new_group(list(one.ranks), timeout=timeout)  # type: ignore[assignment]
+        self._made = made
+        self.world = made[Membership(tuple(range(mesh.config.world_size)))]
+        self.down = made[Membership(mesh.pipeline_ranks())]
+        self.up = made[Membership(mesh.pipeline_ranks(), up=True)]
+        self.expert = made[Membership(mesh.expert_ranks())]
 
     def gradient(self, holders: Iterable[int], *, expert: bool) -> dist.ProcessGroup:
         """Group over which a weight's gradient is summed and its optimizer state is sharded."""
-        return self._groups[self.mesh.gradient_ranks(holders, expert=expert)]
+        return self._made[Membership(self.mesh.gradient_ranks(holders, expert=expert))]

@@ -24,6 +24,7 @@ from model.fp8.formats import QuantisedTensor
 from model.fp8.quantise import Quantiser
 from parallel.expert.exchange import Exchanged, ExpertGroup, Given
 from parallel.expert.fan import Fan
+from parallel.expert.hops import memberships
 from parallel.expert.placement import Placement
 from parallel.expert.transfer import Following, Hop, Lane, Parcel, Sent, Traffic, Transfer
 from parallel.expert.wire import GRADIENT_QUANTISER, QUANTISER, WIRES, as_bytes, decode, encode, from_bytes, wire_dtype
@@ -122,25 +123,22 @@ class CollectiveDispatcher:
         self._place = Placement(num_experts, len(self._experts.ranks), ranks_per_node)
         if self._place.experts_per_node > MAX_EXPERTS_PER_NODE:
             raise ValueError(f"{self._place.experts_per_node} experts on a node: at most {MAX_EXPERTS_PER_NODE}")
-        self._node, self._index = divmod(self._experts.me, ranks_per_node)
+        self._index = self._experts.me % ranks_per_node
         self._wires, self._quantiser = wires, quantiser
         self._gradients = replace(quantiser, amax_floor=GRADIENT_QUANTISER.amax_floor)
-        rail = range(self._index, len(self._experts.ranks), ranks_per_node)
-        node = range(self._node * ranks_per_node, (self._node + 1) * ranks_per_node)
-        # A group each for every stage of both kinds: their collectives then need no common order.
-        self._dispatch_rail = self._hop("stage 1 of 2 (between nodes)", rail, self._node)
-        self._dispatch_node = self._hop("stage 2 of 2 (within the node)", node, self._index)
-        self._combine_node = self._hop("stage 1 of 2 (within the node)", node, self._index)
-        self._combine_rail = self._hop("stage 2 of 2 (between nodes)", rail, self._node)
+        groups = memberships(self._experts.ranks, ranks_per_node)[self._experts.me]
+        self._dispatch_rail = self._hop("stage 1 of 2 (between nodes)", groups["dispatch rail"])
+        self._dispatch_node = self._hop("stage 2 of 2 (within the node)", groups["dispatch node"])
+        self._combine_node = self._hop("stage 1 of 2 (within the node)", groups["combine node"])
+        self._combine_rail = self._hop("stage 2 of 2 (between nodes)", groups["combine rail"])
         self._dispatches, self._combines = Lane(), Lane()
         self._stream: torch.cuda.Stream | None = None
 
-    def _hop(self, name: str, members: range, me: int) -> Hop:
-        ranks = tuple(self._experts.ranks[member] for member in members)
+    def _hop(self, name: str, ranks: tuple[int, ...]) -> Hop:
         group = None
         if len(ranks) > 1:
             group = dist.new_group(list(ranks), timeout=self._experts.timeout, use_local_synchronization=True)
-        return Hop(name, group, ranks, me)  # type: ignore[arg-type]
+        return Hop(name, group, ranks, ranks.index(self._experts.ranks[self._experts.me]))  # type: ignore[arg-type]
 
     @property
     def traffic(self) -> CollectiveTraffic:
