@@ -179,7 +179,7 @@ COMMANDS: dict[str, Command] = {
     "score": Command("loss of given token sequences under a checkpoint", _score),
     "generate": Command("continue a prompt", _generate),
     "bench": Command(
-        "measure speed: bench step | alltoall | pipeline | checkpoint | data", _late("bench.command.bench")
+        "measure speed: bench step | alltoall | pipeline | checkpoint | data | kernels", _late("bench.command.bench")
     ),
     "schedule": Command(
         "check, simulate and draw a pipeline schedule; schedule auto says why",

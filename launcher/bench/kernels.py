@@ -2,7 +2,8 @@
 
 Each class is timed on the shapes of one MoE layer and held against the planner's price of the same shapes. On a CPU the
 cluster's numbers are measured too (a product's FLOPs, a copy's bytes) and written beside the calibration. Under
-torchrun dispatch and combine are timed as all-to-alls over all ranks.
+torchrun dispatch and combine are timed as all-to-alls over all ranks. With --trace nothing is timed: the classes are
+those of a profiler trace of one overlapped pair.
 """
 
 import argparse
@@ -12,14 +13,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from launcher.plan.inputs import hardware_of
+from launcher.config import ConfigError
+from launcher.plan.inputs import CALIBRATION, config_of, folder, hardware_of, of_config
+from parallel.plan import calibration
 from parallel.plan.hardware import Hardware
 from parallel.plan.kernels import GEMM_SHARE, HBM_SHARE, LINK_SHARE, Machine
 
-GIB = 1 << 30
+PUBLISHED = "experiment=deepseek_v3_2048_h800"  # the run of DeepSeek's own trace
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,18 @@ class Timed:
 
 def bench_kernels(argv: list[str]) -> int:
     """Prints a row for each kernel and writes the calibration; the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
+    if args.trace is not None:
+        return _from_trace(args)
+    if args.overrides:
+        raise ConfigError([f"{args.overrides[0]}: a run goes with --trace, whose layers it has"])
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    if args.device == "cuda" and device.type != "cuda":
+    device = _device(args.device)
+    on_cpu = device.type == "cpu"
+    if args.device == "cuda" and on_cpu:
         print("expertpipe: --device cuda: no usable GPU here; use --device cpu")
         return 2
-    on_cpu = device.type == "cpu"
     if on_cpu:
         torch.set_num_threads(args.threads)
     clock = Clock(device, args.repeats)
@@ -68,33 +75,75 @@ def bench_kernels(argv: list[str]) -> int:
         found += all_to_alls(clock, CPU_SIZES if on_cpu else GPU_SIZES, hardware)
     if int(os.environ.get("RANK", "0")):
         return 0
-    name = platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name(0)
-    tree = calibration_tree(found, device=f"cpu {name}" if on_cpu else name)
-    args.out.write_text(json.dumps(tree, indent=2) + "\n")
-    files = [str(args.out)]
+    name = platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name(device)
+    _write(args, found, calibration_tree(found, device=f"cpu {name}" if on_cpu else name))
     if on_cpu:
         cluster = args.out.with_suffix(".cluster.yaml")
         cluster.write_text(cluster_text(hardware))
-        files.append(str(cluster))
+        if not args.json:
+            print(f"wrote {cluster}")
+    return 0
+
+
+def _device(choice: str):
+    """What is timed. A GPU is this rank's own, and the current one from here on: no product runs on another rank's."""
+    import torch
+
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _from_trace(args: argparse.Namespace) -> int:
+    """The calibration of a trace, without torch; chunks in training as much slower as in the shipped file."""
+    job = of_config(config_of(args.overrides or [PUBLISHED]), hardware_of(args.cluster))
+    shape = calibration.shape_in_trace(job)
+    found = calibration.from_trace(args.trace, shape, job.hardware)
+    layers = found.measured.layers
+    predicted = calibration.predicted_classes(shape, job.hardware, layers=layers)
+    rows = [
+        Timed(kind, f"pair of {layers} layers", found.measured.classes[kind], predicted[kind])
+        for kind in found.calibration.factors
+    ]
+    shipped, tree = calibration.read(folder() / "calibration" / CALIBRATION)
+    source = str(tree["training_source"])
+    _write(
+        args,
+        rows,
+        calibration.to_tree(found.calibration, found.measured, training=shipped.training, training_source=source),
+    )
+    return 0
+
+
+def _write(args: argparse.Namespace, found: list[Timed], tree: dict[str, object]) -> None:
+    """The calibration to its file, the rows to the screen."""
+    named = {**tree, "source": args.source} if args.source else tree
+    args.out.write_text(json.dumps(named, indent=2) + "\n")
     if args.json:
         for row in found:
             print(json.dumps({field.name: getattr(row, field.name) for field in fields(row)}))
-        return 0
+        return
     print(f"{'class':<14}{'kernel':<26}{'measured us':>13}{'predicted us':>14}{'factor':>8}")
     for row in found:
         ratio = row.seconds / row.predicted
         print(f"{row.kind:<14}{row.what:<26}{1e6 * row.seconds:13.1f}{1e6 * row.predicted:14.1f}{ratio:8.2f}")
-    print("\n".join(f"wrote {file}" for file in files))
-    return 0
+    print(f"wrote {args.out}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="expertpipe bench kernels", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help=f"with --trace: the run in the trace (default {PUBLISHED})"
+    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="a profiler trace of a pair instead of this machine")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--cluster", default="h100", help="hardware file that a GPU's seconds are held against")
+    parser.add_argument("--cluster", default="h100", help="hardware that a GPU's or a trace's seconds are held against")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, as a rank of the run will have")
     parser.add_argument("--repeats", type=int, default=7, help="of each kernel; the median counts")
     parser.add_argument("--out", type=Path, default=Path("kernels.json"), help="the calibration file")
+    parser.add_argument("--source", metavar="TEXT", help="where the seconds are from, as the file is to say")
     parser.add_argument("--json", action="store_true", help="one row a line")
     return parser
 
@@ -136,7 +185,8 @@ def measured_hardware(clock: Clock) -> Hardware:
     copied = 2 * block.nbytes / clock(lambda: other.copy_(block))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     numbers = {
-        "num_sms": torch.get_num_threads(), "bf16_flops": flops, "fp8_flops": flops, "memory_bytes": float(memory),
+        "num_sms": torch.get_num_threads(), "bf16_flops": flops, "fp8_flops": flops, "fp32_flops": flops,
+        "memory_bytes": float(memory),
         "hbm_bytes_per_second": copied / HBM_SHARE, "nvlink_bytes_per_second": copied / 2 / LINK_SHARE,
         "ib_bytes_per_second": copied / 2 / LINK_SHARE, "host_bytes_per_second": copied, "gpus_per_node": 8,
         "dollars_per_gpu_hour": 0.0,
@@ -222,17 +272,20 @@ def _passes(clock: Clock, s: Sizes, machine: Machine) -> Iterator[Timed]:
         gate_up = _random(clock, s.rows, 2 * s.width)
         size = gate_up.element_size() * gate_up.numel()
         yield Timed("elementwise", "SwiGLU", clock(lambda: swiglu(gate_up)), machine.stream("elementwise", 1.5 * size))
-        seconds, size = clock(lambda: _rounded(x)), x.numel() * (x.element_size() + 1)
-        yield Timed("quantise", "tiles of 1 x 128", seconds, machine.stream("quantise", size))
+        size = x.numel() * (x.element_size() + 1)
+        yield Timed("quantise", "tiles of 1 x 128", clock(_quantising(x)), machine.stream("quantise", size))
 
 
-def _rounded(x_TD):
-    """x in E4M3 with one scale for 128 numbers."""
-    import torch
+def _quantising(x_TD) -> Callable[[], object]:
+    """Rounds x to E4M3 in one kernel, with one scale for 128 numbers: Triton on a GPU, compiled on a CPU."""
+    from model.fp8.native import NativeKernels
+    from parallel.expert.kernels.rows import quantise
+    from parallel.expert.wire import QUANTISER
 
-    tiles = x_TD.unflatten(-1, (-1, 128)).float()
-    scale = tiles.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
-    return (tiles / scale).to(torch.float8_e4m3fn), scale
+    if x_TD.is_cuda:
+        return lambda: quantise(x_TD, backend="triton")
+    quantiser = replace(QUANTISER, kernels=NativeKernels())
+    return lambda: quantiser.quantise(x_TD)
 
 
 def all_to_alls(clock: Clock, s: Sizes, hardware: Hardware) -> list[Timed]:
@@ -243,8 +296,6 @@ def all_to_alls(clock: Clock, s: Sizes, hardware: Hardware) -> list[Timed]:
     on_cpu = getattr(clock.device, "type", "cpu") == "cpu"
     dist.init_process_group("gloo" if on_cpu else "nccl")
     ranks = dist.get_world_size()
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rows = s.rows // ranks * ranks
     link = hardware.nvlink_bytes_per_second if ranks <= hardware.gpus_per_node else hardware.ib_bytes_per_second
     found = []

@@ -1,8 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from launcher.__main__ import main
+from launcher.bench.command import SUBJECTS
+from launcher.plan.inputs import CALIBRATION, folder
 from parallel.plan.calibration import read
 from parallel.plan.hardware import HardwareError
 from parallel.plan.hardware import read as read_hardware
@@ -30,6 +33,58 @@ def test_a_cpu_writes_a_cluster_and_a_calibration_that_plan_takes(tmp_path, caps
         assert main(["plan", *words, "--calibration", calibration, "--json"]) == 0
         seconds.append(json.loads(capsys.readouterr().out)["step_seconds"])
     assert seconds[1] > 1.2 * seconds[0]
+
+
+def test_a_trace_gives_the_committed_calibration(tmp_path, capsys):
+    committed = folder() / "calibration" / CALIBRATION
+    trace = Path(__file__).parents[4] / "shared" / "data" / CALIBRATION
+    if not trace.exists():
+        pytest.skip(f"{trace} is not here: the committed calibration was not made again")
+    out, source = tmp_path / "k.json", json.loads(committed.read_text())["source"]
+    words = ["bench", "kernels", "--trace", str(trace), "--cluster", "h800", "--out", str(out)]
+    assert main([*words, "--source", source, "--json"]) == 0
+    assert out.read_text() == committed.read_text()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["kind"] for row in rows} == set(CLASSES)
+    assert main([*words, "experiment=tiny"]) == 2
+    assert "not a trace of one overlapped pair" in capsys.readouterr().err
+
+
+def test_a_run_without_a_trace_is_a_mistake(capsys):
+    assert main(["bench", "kernels", "experiment=tiny"]) == 2
+    assert capsys.readouterr().err == "expertpipe: experiment=tiny: a run goes with --trace, whose layers it has\n"
+
+
+def test_under_torchrun_every_rank_times_its_own_gpu(monkeypatch):
+    """The device is the current one before anything is timed, as events and random numbers go by that."""
+    import torch
+
+    from launcher.bench.kernels import _device
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _device("cpu") == torch.device("cpu") and chosen == []
+    assert _device("auto") == torch.device("cuda", 3) and chosen == [torch.device("cuda", 3)]
+
+
+def test_the_timed_quantisation_gives_the_bits_of_the_definition():
+    import torch
+
+    from launcher.bench.kernels import _quantising
+    from parallel.expert.wire import QUANTISER
+
+    x = torch.randn(8, 256)
+    found, wanted = _quantising(x)(), QUANTISER.quantise(x)
+    assert torch.equal(found.values.view(torch.uint8), wanted.values.view(torch.uint8))
+    assert torch.equal(found.scales, wanted.scales)
+
+
+def test_help_names_every_subject(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(subject in said for subject in SUBJECTS)
 
 
 def test_factors_of_another_machine_are_refused(tmp_path):
