@@ -1,5 +1,6 @@
 """What can be wrong with train.precision=fp8: the back end's version and machine, and sizes that it cannot do."""
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from launcher.check.layout import either
@@ -18,6 +19,7 @@ from model.fp8.config import (
     TRANSFORMER_ENGINE_FROM,
     TRANSFORMER_ENGINE_MULTIPLE,
     TRANSFORMER_ENGINE_UNTIL,
+    FP8Config,
 )
 
 CHOICES = {
@@ -27,6 +29,16 @@ CHOICES = {
     "fp8.input_cache": INPUT_CACHES,
     "fp8.attention_cache": ATTENTION_CACHES,
 }
+# What the back ends of a GPU do: any other value of these keys would have no effect there.
+TRANSFORMER_ENGINE_HAS = {
+    "attention_cache": "wide",
+    "input_cache": "wide",
+    "recompute_swiglu": False,
+    "gradient_amax_floor": 0.0,
+    "weights_per_step": True,
+    "watch_every": 0,
+}
+DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_every": 0}
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
 
 
@@ -57,19 +69,7 @@ def check_transformer_engine(config: RunConfig) -> list[str]:
         found.append(f"{key}: Transformer Engine is not installed ({needed} is needed): {INSTEAD}")
     if config.train.device == "cpu":
         found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {INSTEAD}")
-    found += [
-        f"{key} has no fp8.{name}={value}: use fp8.{name}={good}"
-        for name, value, good in (
-            ("attention_cache", config.fp8.attention_cache, "wide"),
-            ("input_cache", config.fp8.input_cache, "wide"),
-            ("recompute_swiglu", str(config.fp8.recompute_swiglu).lower(), "false"),
-        )
-        if value != good
-    ]
-    if config.fp8.gradient_amax_floor:
-        floor = config.fp8.gradient_amax_floor
-        found.append(f"{key} has no fp8.gradient_amax_floor={floor:g}: use fp8.gradient_amax_floor=0")
-    return found + _odd_sizes(config)
+    return found + _lacking(key, config.fp8, TRANSFORMER_ENGINE_HAS) + _odd_sizes(config)
 
 
 def check_deep_gemm(config: RunConfig) -> list[str]:
@@ -81,8 +81,7 @@ def check_deep_gemm(config: RunConfig) -> list[str]:
         found.append(f"{key}: {problem}: build it from its sources, or {instead}")
     if config.train.device == "cpu":
         found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {instead}")
-    if config.fp8.recompute_swiglu:
-        found.append(f"{key} has no fp8.recompute_swiglu=true: use fp8.recompute_swiglu=false")
+    found += _lacking(key, config.fp8, DEEP_GEMM_HAS)
     sizes = {
         "model.hidden_size": config.model.hidden_size, "model.moe_intermediate_size": config.model.moe_intermediate_size
     }  # fmt: skip
@@ -91,6 +90,21 @@ def check_deep_gemm(config: RunConfig) -> list[str]:
             rounded = -(-size // DEEP_GEMM_MULTIPLE) * DEEP_GEMM_MULTIPLE
             found.append(f"{key} takes multiples of {DEEP_GEMM_MULTIPLE}, {name}={size}: use {rounded}, or {instead}")
     return found
+
+
+def _lacking(key: str, fp8: FP8Config, has: Mapping[str, object]) -> list[str]:
+    """A line for each of the keys that has another value than the only one of this back end."""
+    values = {name: getattr(fp8, name) for name in has}
+    return [
+        f"{key} has no fp8.{name}={_word(value)}: use fp8.{name}={_word(has[name])}"
+        for name, value in values.items()
+        if value != has[name]
+    ]
+
+
+def _word(value: object) -> str:
+    """As the command line takes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _odd_sizes(config: RunConfig) -> list[str]:

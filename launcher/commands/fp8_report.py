@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,8 +66,27 @@ def samples_of(log: Path) -> list[Sample]:
     rows = [(event.step, cast(tuple[Any, ...], row)) for event in read(log) for row in event.fp8]
     samples = [Sample(step, *row) for step, row in rows]
     if not samples:
-        raise ReportError(f"{log}: no FP8 samples; train with train.precision=fp8 fp8.watch_every=10")
+        from launcher.report.read import read_run
+
+        raise ReportError(f"{log}: no FP8 samples{_how_to_sample(read_run(log).config)}")
     return samples
+
+
+def _how_to_sample(config: Mapping[str, Any]) -> str:
+    """What to change in a run of this configuration, {} if it is not known: keys that its back ends take."""
+    precision, fp8 = config.get("train", {}).get("precision"), config.get("fp8", {})
+    keys, unseen = [], []
+    if fp8.get("backend") == "transformer_engine":
+        keys.append("fp8.backend=oracle_fast")
+        unseen.append("Transformer Engine")
+    if fp8.get("grouped") == "deep_gemm":
+        keys.append("fp8.grouped=same")
+        unseen.append("DeepGEMM")
+    every = fp8.get("watch_every", 0)
+    if precision == "fp8" and every and not keys:
+        return f" yet; steps that are multiples of fp8.watch_every={every} are sampled"
+    why = f" ({' and '.join(unseen)}, which the run chose, cannot be sampled)" if unseen else ""
+    return f"; train with {' '.join(['train.precision=fp8', 'fp8.watch_every=10', *keys])}{why}"
 
 
 def _plain(value: object) -> object:

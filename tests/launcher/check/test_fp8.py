@@ -61,7 +61,9 @@ def test_transformer_engine_in_the_right_version_is_taken(monkeypatch: Any) -> N
         ("2.20.2", {"device": "cpu"}, "train.device=cpu"),
         ("2.20.2", {"attention_cache": "e5m6"}, "fp8.attention_cache=e5m6: use fp8.attention_cache=wide"),
         ("2.20.2", {"recompute_swiglu": True}, "fp8.recompute_swiglu=true: use fp8.recompute_swiglu=false"),
-        ("2.20.2", {"gradient_amax_floor": 1e-4}, "use fp8.gradient_amax_floor=0"),
+        ("2.20.2", {"gradient_amax_floor": 1e-4}, "fp8.gradient_amax_floor=0.0001: use fp8.gradient_amax_floor=0"),
+        ("2.20.2", {"watch_every": 10}, " has no fp8.watch_every=10: use fp8.watch_every=0"),
+        ("2.20.2", {"weights_per_step": False}, " has no fp8.weights_per_step=false: use fp8.weights_per_step=true"),
     ],
 )
 def test_what_transformer_engine_cannot(monkeypatch: Any, installed: str | None, keys: Any, words: str) -> None:
@@ -98,6 +100,8 @@ def test_deep_gemm_in_the_right_version_is_taken(monkeypatch: Any) -> None:
         ("1.0.0", {}, WIDTHS, "DeepGEMM 1.0.0 is installed, 2.1.1 or newer, below 2.7 is needed"),
         ("2.6.1", {"device": "cpu"}, WIDTHS, "train.device=cpu: use fp8.grouped=same"),
         ("2.6.1", {"recompute_swiglu": True}, WIDTHS, "use fp8.recompute_swiglu=false"),
+        ("2.6.1", {"watch_every": 10}, WIDTHS, " has no fp8.watch_every=10: use fp8.watch_every=0"),
+        ("2.6.1", {"weights_per_step": False}, WIDTHS, "use fp8.weights_per_step=true"),
         ("2.6.1", {}, WIDTHS[1:], "model.hidden_size=192: use 256, or use fp8.grouped=same"),
     ],
 )

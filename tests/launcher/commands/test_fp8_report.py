@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from launcher.__main__ import main
+from launcher.check.run import problems
+from launcher.config import compose, to_yaml
 from launcher.record.events import EventLog, StepEvent, read
 from launcher.step import NonFiniteError
 from model.fp8.apply import fp8_linears
@@ -59,9 +62,35 @@ def test_json_and_a_tensor_that_is_not_finite(tmp_path: Path, capsys: Any) -> No
     assert "not finite first: input of layers.1.self_attn.kv_b_proj in step 2" in capsys.readouterr().out
 
 
-def test_without_samples_it_says_how_to_get_them(tmp_path: Path, capsys: Any) -> None:
-    assert main(["fp8-report", str(log_of(tmp_path, event(1)))]) == 2
-    assert "fp8.watch_every=10" in capsys.readouterr().err
+def advice(folder: Path, capsys: Any, *overrides: str) -> str:
+    """What the report says of a run of this configuration that has no sample."""
+    run = log_of(folder, event(1))
+    if overrides:
+        (run / "config.yaml").write_text(to_yaml(compose(["experiment=tiny", *overrides])))
+    assert main(["fp8-report", str(run)]) == 2
+    return capsys.readouterr().err
+
+
+ENGINE = ("fp8.backend=transformer_engine", "fp8.input_cache=wide", "fp8.attention_cache=wide")
+CHOSEN = {
+    "unknown": (),
+    "bf16": ("train.precision=bf16",),
+    "oracle": ("train.precision=fp8",),
+    "transformer_engine": ("train.precision=fp8", *ENGINE, "fp8.recompute_swiglu=false"),
+    "deep_gemm": ("train.precision=fp8", "fp8.grouped=deep_gemm", "fp8.recompute_swiglu=false"),
+}
+
+
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_without_samples_it_says_what_the_back_end_takes(chosen: str, tmp_path: Path, capsys: Any) -> None:
+    line = advice(tmp_path, capsys, *CHOSEN[chosen])
+    keys = [word for word in line.split() if re.fullmatch(r"\w+\.\w+=\w+", word)]
+    assert {"train.precision=fp8", "fp8.watch_every=10"} <= {*keys}
+    assert problems(compose(["experiment=tiny", *CHOSEN[chosen], *keys]), None, with_data=False) == []
+
+
+def test_a_sample_that_is_not_due_yet(tmp_path: Path, capsys: Any) -> None:
+    assert "no FP8 samples yet" in advice(tmp_path, capsys, "train.precision=fp8", "fp8.watch_every=50")
 
 
 def steps(run_config: Any) -> list[Any]:
