@@ -1,11 +1,10 @@
 """What can be wrong with train.precision=fp8: the back end's version and machine, and sizes that it cannot do."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 
 from launcher.check.layout import either
 from launcher.config import RunConfig
-from model.backends import version_problem
+from model.backends import transformer_engine_problem, version_problem
 from model.counts import parameter_shapes
 from model.fp8.config import (
     ATTENTION_CACHES,
@@ -16,9 +15,7 @@ from model.fp8.config import (
     GROUPED,
     INPUT_CACHES,
     SCALES,
-    TRANSFORMER_ENGINE_FROM,
     TRANSFORMER_ENGINE_MULTIPLE,
-    TRANSFORMER_ENGINE_UNTIL,
     FP8Config,
 )
 
@@ -39,7 +36,9 @@ TRANSFORMER_ENGINE_HAS = {
     "watch_every": 0,
 }
 DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_every": 0}
+ENGINE, DEEP_GEMM = "fp8.backend=transformer_engine", "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
+SAME = "use fp8.grouped=same"
 
 
 def check_fp8_words(config: RunConfig) -> list[str]:
@@ -55,41 +54,52 @@ def check_fp8_words(config: RunConfig) -> list[str]:
 
 
 def check_transformer_engine(config: RunConfig) -> list[str]:
-    """Transformer Engine is there in a known version, a GPU is meant, and it can do what is asked."""
-    if config.train.precision != "fp8" or config.fp8.backend != "transformer_engine":
+    """A GPU is meant, and Transformer Engine can do what is asked."""
+    if not _on_transformer_engine(config):
         return []
     found = []
-    key = "fp8.backend=transformer_engine"
-    needed = f"{TRANSFORMER_ENGINE_FROM} or newer, below {TRANSFORMER_ENGINE_UNTIL}"
-    try:
-        installed = version("transformer_engine")
-        if not _tuple(TRANSFORMER_ENGINE_FROM) <= _tuple(installed) < _tuple(TRANSFORMER_ENGINE_UNTIL):
-            found.append(f"{key}: Transformer Engine {installed} is installed, {needed} is needed: {INSTEAD}")
-    except PackageNotFoundError:
-        found.append(f"{key}: Transformer Engine is not installed ({needed} is needed): {INSTEAD}")
     if config.train.device == "cpu":
-        found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {INSTEAD}")
-    return found + _lacking(key, config.fp8, TRANSFORMER_ENGINE_HAS) + _odd_sizes(config)
+        found.append(f"{ENGINE} needs a GPU of compute capability 9.0, but train.device=cpu: {INSTEAD}")
+    return found + _lacking(ENGINE, config.fp8, TRANSFORMER_ENGINE_HAS) + _odd_sizes(config)
 
 
 def check_deep_gemm(config: RunConfig) -> list[str]:
-    """DeepGEMM is there in a known version, a GPU is meant, and it can do what is asked."""
-    if config.train.precision != "fp8" or config.fp8.grouped != "deep_gemm":
+    """A GPU is meant, and DeepGEMM can do what is asked."""
+    if not _on_deep_gemm(config):
         return []
-    key, instead, found = "fp8.grouped=deep_gemm", "use fp8.grouped=same", []
-    if problem := version_problem("DeepGEMM", "deep_gemm", DEEP_GEMM_FROM, DEEP_GEMM_UNTIL):
-        found.append(f"{key}: {problem}: build it from its sources, or {instead}")
+    found = []
     if config.train.device == "cpu":
-        found.append(f"{key} needs a GPU of compute capability 9.0, but train.device=cpu: {instead}")
-    found += _lacking(key, config.fp8, DEEP_GEMM_HAS)
+        found.append(f"{DEEP_GEMM} needs a GPU of compute capability 9.0, but train.device=cpu: {SAME}")
+    found += _lacking(DEEP_GEMM, config.fp8, DEEP_GEMM_HAS)
     sizes = {
         "model.hidden_size": config.model.hidden_size, "model.moe_intermediate_size": config.model.moe_intermediate_size
     }  # fmt: skip
     for name, size in sizes.items():
-        if size % DEEP_GEMM_MULTIPLE:
+        if size > 0 and size % DEEP_GEMM_MULTIPLE:
             rounded = -(-size // DEEP_GEMM_MULTIPLE) * DEEP_GEMM_MULTIPLE
-            found.append(f"{key} takes multiples of {DEEP_GEMM_MULTIPLE}, {name}={size}: use {rounded}, or {instead}")
+            found.append(
+                f"{DEEP_GEMM} takes multiples of {DEEP_GEMM_MULTIPLE}, {name}={size}: use {rounded}, or {SAME}"
+            )
     return found
+
+
+def check_fp8_packages(config: RunConfig) -> list[str]:
+    """The chosen back ends are installed on this machine, in versions that the adapters are held to."""
+    found = []
+    if _on_transformer_engine(config) and (problem := transformer_engine_problem()):
+        found.append(f"{ENGINE}: {problem}: {INSTEAD}")
+    deep_gemm = version_problem("DeepGEMM", "deep_gemm", DEEP_GEMM_FROM, DEEP_GEMM_UNTIL)
+    if _on_deep_gemm(config) and deep_gemm:
+        found.append(f"{DEEP_GEMM}: {deep_gemm}: build it from its sources, or {SAME}")
+    return found
+
+
+def _on_transformer_engine(config: RunConfig) -> bool:
+    return config.train.precision == "fp8" and config.fp8.backend == "transformer_engine"
+
+
+def _on_deep_gemm(config: RunConfig) -> bool:
+    return config.train.precision == "fp8" and config.fp8.grouped == "deep_gemm"
 
 
 def _lacking(key: str, fp8: FP8Config, has: Mapping[str, object]) -> list[str]:
@@ -112,15 +122,11 @@ def _odd_sizes(config: RunConfig) -> list[str]:
     least = TRANSFORMER_ENGINE_MULTIPLE
     wide = ("embed_tokens", "lm_head", ".gate.")
     for name, shape in parameter_shapes(config.model):
-        if len(shape) > 1 and not any(part in name for part in wide) and any(size % least for size in shape[-2:]):
+        is_odd = len(shape) > 1 and any(size > 0 and size % least for size in shape[-2:])
+        if is_odd and not any(part in name for part in wide):
             sizes = " x ".join(map(str, shape[-2:]))
             return [
-                f"fp8.backend=transformer_engine: {name} is {sizes}, its FP8 products take multiples of {least}: "
+                f"{ENGINE}: {name} is {sizes}, its FP8 products take multiples of {least}: "
                 f"choose such sizes, or {INSTEAD.removeprefix('use ')}"
             ]
     return []
-
-
-def _tuple(text: str) -> tuple[int, ...]:
-    numbers = [part for part in text.split("+")[0].split(".") if part.isdecimal()]
-    return tuple(map(int, numbers))

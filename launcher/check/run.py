@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launcher.check.fp8 import check_deep_gemm, check_fp8_words, check_transformer_engine
+from launcher.check.fp8 import check_deep_gemm, check_fp8_packages, check_fp8_words, check_transformer_engine
 from launcher.check.layout import (
     check_batch,
     check_experts,
@@ -267,6 +267,8 @@ RULES: tuple[Rule, ...] = (
     check_stages,
     check_phases,
     check_fp8_words,
+    check_transformer_engine,
+    check_deep_gemm,
     check_safety,
     check_offload,
     check_record,
@@ -275,8 +277,7 @@ RULES: tuple[Rule, ...] = (
 # What depends on the machine that asks: left out where a run for another one is planned or drawn.
 MACHINE_RULES: tuple[Rule, ...] = (
     check_device,
-    check_transformer_engine,
-    check_deep_gemm,
+    check_fp8_packages,
     check_packages,
     check_wandb,
     check_compiler,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from launcher.check import fp8 as check_fp8
-from launcher.check.run import problems
-from launcher.config import RunConfig, compose
+from launcher.check.run import checked, problems
+from launcher.config import ConfigError, RunConfig, compose
 from model import backends
 
 
@@ -36,16 +36,21 @@ def test_unknown_words(key: str, value: str) -> None:
 GOOD = {"backend": "transformer_engine", "input_cache": "wide", "attention_cache": "wide", "recompute_swiglu": False}
 
 
-def engine(monkeypatch: Any, installed: str | None, **keys: Any) -> list[str]:
-    def version(name: str) -> str:
-        if installed is None:
-            raise check_fp8.PackageNotFoundError(name)
-        return installed
+def judged(config: RunConfig, *, device: str, **keys: Any) -> list[str]:
+    """What is wrong with FP8 of that kind, from the run and from this machine."""
+    config = replace(config, train=replace(config.train, device=device), fp8=replace(config.fp8, **keys))
+    here, anywhere = (
+        [line for line in problems(config, None, with_data=False, here=h) if "fp8" in line] for h in (True, False)
+    )
+    from_config = check_fp8.check_transformer_engine(config) + check_fp8.check_deep_gemm(config)
+    from_machine = check_fp8.check_fp8_packages(config)
+    assert anywhere == from_config and here == from_config + from_machine
+    return here
 
-    monkeypatch.setattr(check_fp8, "version", version)
-    base = run()
-    train = replace(base.train, device=keys.pop("device", "cuda"))
-    return check_fp8.check_transformer_engine(replace(base, train=train, fp8=replace(base.fp8, **GOOD | keys)))
+
+def engine(monkeypatch: Any, installed: str | None, *, device: str = "cuda", **keys: Any) -> list[str]:
+    monkeypatch.setattr(backends, "installed", lambda package: installed)
+    return judged(run(), device=device, **GOOD | keys)
 
 
 def test_transformer_engine_in_the_right_version_is_taken(monkeypatch: Any) -> None:
@@ -72,9 +77,8 @@ def test_what_transformer_engine_cannot(monkeypatch: Any, installed: str | None,
 
 
 def test_sizes_are_refused_by_name(monkeypatch: Any) -> None:
-    monkeypatch.setattr(check_fp8, "version", lambda name: "2.20.2")
-    base = run("model.kv_lora_rank=100", "train.device=cuda")
-    lines = check_fp8.check_transformer_engine(replace(base, fp8=replace(base.fp8, **GOOD)))
+    monkeypatch.setattr(backends, "installed", lambda package: "2.20.2")
+    lines = judged(run("model.kv_lora_rank=100"), device="cuda", **GOOD)
     assert any("kv_a_proj_with_mqa" in line and "multiples of 16" in line for line in lines)
 
 
@@ -84,9 +88,25 @@ WIDTHS = ("model.hidden_size=256", "model.moe_intermediate_size=128")
 
 def grouped(monkeypatch: Any, installed: str | None, *widths: str, device: str = "cuda", **keys: Any) -> list[str]:
     monkeypatch.setattr(backends, "installed", lambda package: installed)
-    base = run(*widths)
-    train = replace(base.train, device=device)
-    return check_fp8.check_deep_gemm(replace(base, train=train, fp8=replace(base.fp8, **DEEP_GEMM | keys)))
+    return judged(run(*widths), device=device, **DEEP_GEMM | keys)
+
+
+def test_what_depends_on_the_run_alone_is_refused_where_it_is_only_sent_off(monkeypatch: Any) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: None)
+    lacks = {"train.device": "cuda", "train.precision": "fp8", "fp8.backend": "transformer_engine",
+             "fp8.grouped": "deep_gemm", "fp8.watch_every": "10"}  # fmt: skip
+    overrides = ["experiment=tiny", *(f"{key}={value}" for key, value in lacks.items())]
+    with pytest.raises(ConfigError) as caught:
+        checked([*overrides, "model.kv_lora_rank=100"], with_data=False, here=False)
+    text = "\n".join(caught.value.errors)
+    for part in (
+        "has no fp8.attention_cache=e5m6",
+        "multiples of 16",
+        "takes multiples of 128",
+        "use fp8.watch_every=0",
+    ):
+        assert part in text
+    assert "not installed" not in text
 
 
 def test_deep_gemm_in_the_right_version_is_taken(monkeypatch: Any) -> None:
