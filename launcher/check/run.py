@@ -7,8 +7,6 @@ would work. Rules do not build on one another: a rule whose inputs another rule 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from launcher.check.fp8 import check_deep_gemm, check_fp8_packages, check_fp8_words, check_transformer_engine
@@ -22,6 +20,7 @@ from launcher.check.layout import (
     divisors,
     either,
 )
+from launcher.check.machine import torch_cuda
 from launcher.check.packages import PACKAGE_CHOICES, check_offload, check_packages
 from launcher.check.recipe import (
     check_continuation,
@@ -235,19 +234,12 @@ def check_layers(config: RunConfig) -> list[str]:
 
 def check_device(config: RunConfig) -> list[str]:
     """CUDA is asked for only where the installed torch has it; looked up without importing torch."""
-    if config.train.device != "cuda" or torch_has_cuda():
+    if config.train.device != "cuda" or torch_cuda():
         return []
     return [
         "train.device=cuda, but the torch installed here is built without CUDA: use train.device=cpu or auto, or "
         "install a CUDA build (expertpipe doctor shows what is there)"
     ]
-
-
-def torch_has_cuda() -> bool:
-    """Whether the installed torch was built with CUDA, by its files."""
-    spec = find_spec("torch")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return any(list((Path(folder) / "lib").glob("*torch_cuda*")) for folder in folders)
 
 
 RULES: tuple[Rule, ...] = (

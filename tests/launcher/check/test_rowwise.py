@@ -1,9 +1,11 @@
-"""train.rowwise: each kind where it can be, refused in a line elsewhere."""
+"""train.rowwise and what else is compiled: each kind where it can be, refused in a line elsewhere."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from launcher.check import rowwise
 from launcher.check.rowwise import WEIGHT_GRAD, check_compiler, check_rowwise
 from launcher.config import RunConfig, compose
 from model import backends
@@ -20,11 +22,50 @@ def test_native_is_for_a_cpu() -> None:
     assert check_rowwise(run("native")) == check_rowwise(run("torch", "cuda")) == []
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Neither g++ nor anything built earlier; the folder where builds are kept."""
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / ".cache" / "expertpipe"
+
+
+def test_a_missing_compiler_is_named(no_compiler: Path) -> None:
     (message,) = check_compiler(run("native"))
     assert "g++" in message and "train.rowwise=torch" in message
     assert check_compiler(run("torch")) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    ["train.precision=fp8", "train.precision=fp8 fp8.backend=oracle_exact", "parallel.dispatch_wire=fp8",
+     "parallel.dispatch_grad_wire=fp8 train.precision=bf16"],
+)  # fmt: skip
+def test_quantisers_need_the_compiler_on_a_cpu(overrides: str, no_compiler: Path) -> None:
+    def found(*more: str) -> list[str]:
+        return check_compiler(compose(["experiment=tiny", "train.device=cpu", *overrides.split(), *more]))
+
+    assert found() == ["fp8.native=true needs g++, which is not on PATH: install it, or use fp8.native=false"]
+    assert found("fp8.native=false") == found("train.device=cuda") == []
+    no_compiler.mkdir(parents=True)
+    (no_compiler / "rowwise-0123.so").touch()
+    assert found()
+    (no_compiler / "fp8-0123.so").touch()
+    assert found() == []  # kept from a machine with a compiler
+
+
+def test_quantisers_on_whatever_device_there_is(no_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["experiment=tiny", "train.device=auto", "train.precision=fp8"])
+    monkeypatch.setattr(rowwise, "torch_cuda", lambda: None)
+    assert len(check_compiler(config)) == 1
+    monkeypatch.setattr(rowwise, "torch_cuda", lambda: "12.9")  # a GPU, as far as can be told
+    assert check_compiler(config) == []
+
+
+def test_nothing_is_compiled_for_bf16_or_transformer_engine(no_compiler: Path) -> None:
+    engine = ["train.precision=fp8", "fp8.backend=transformer_engine"]
+    for overrides in (["train.precision=bf16"], engine):
+        assert not [line for line in check_compiler(compose(["experiment=tiny", *overrides])) if "fp8.native" in line]
 
 
 def with_package(key: str, name: str, device: str) -> RunConfig:
