@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from launcher.check.layout import either
+from launcher.check.machine import gpu_capabilities, torch_cuda
 from launcher.config import RunConfig
-from model.backends import transformer_engine_problem, version_problem
+from model.backends import numbers, transformer_engine_problem, version_problem
 from model.counts import parameter_shapes
 from model.fp8.config import (
     ATTENTION_CACHES,
@@ -39,6 +40,11 @@ DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_eve
 ENGINE, DEEP_GEMM = "fp8.backend=transformer_engine", "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
 SAME = "use fp8.grouped=same"
+# Of the GPU that both are written for: on newer ones Transformer Engine computes blocks another way.
+CAPABILITY = "9.0"
+CUDA_FROM = "12.9"  # for Transformer Engine's FP8 in blocks
+ENGINE_NEEDS = f"{ENGINE} needs a GPU of compute capability {CAPABILITY} and CUDA {CUDA_FROM} or newer"
+DEEP_GEMM_NEEDS = f"{DEEP_GEMM} needs a GPU of compute capability {CAPABILITY}"
 
 
 def check_fp8_words(config: RunConfig) -> list[str]:
@@ -59,7 +65,7 @@ def check_transformer_engine(config: RunConfig) -> list[str]:
         return []
     found = []
     if config.train.device == "cpu":
-        found.append(f"{ENGINE} needs a GPU of compute capability 9.0, but train.device=cpu: {INSTEAD}")
+        found.append(f"{ENGINE_NEEDS}, but train.device=cpu: {INSTEAD}")
     return found + _lacking(ENGINE, config.fp8, TRANSFORMER_ENGINE_HAS) + _odd_sizes(config)
 
 
@@ -69,7 +75,7 @@ def check_deep_gemm(config: RunConfig) -> list[str]:
         return []
     found = []
     if config.train.device == "cpu":
-        found.append(f"{DEEP_GEMM} needs a GPU of compute capability 9.0, but train.device=cpu: {SAME}")
+        found.append(f"{DEEP_GEMM_NEEDS}, but train.device=cpu: {SAME}")
     found += _lacking(DEEP_GEMM, config.fp8, DEEP_GEMM_HAS)
     sizes = {
         "model.hidden_size": config.model.hidden_size, "model.moe_intermediate_size": config.model.moe_intermediate_size
@@ -91,6 +97,26 @@ def check_fp8_packages(config: RunConfig) -> list[str]:
     deep_gemm = version_problem("DeepGEMM", "deep_gemm", DEEP_GEMM_FROM, DEEP_GEMM_UNTIL)
     if _on_deep_gemm(config) and deep_gemm:
         found.append(f"{DEEP_GEMM}: {deep_gemm}: build it from its sources, or {SAME}")
+    return found
+
+
+def check_fp8_gpu(config: RunConfig) -> list[str]:
+    """The GPUs and the CUDA of this machine are those that the chosen back ends need, as far as it tells without torch.
+
+    Of GPUs of several kinds one that will do is enough: which of them a rank takes is seen when it starts.
+    """
+    on_engine, on_deep_gemm = _on_transformer_engine(config), _on_deep_gemm(config)
+    if config.train.device == "cpu" or not (on_engine or on_deep_gemm):
+        return []
+    gpus, cuda, found = gpu_capabilities(), torch_cuda(), []
+    kinds = [f"compute capability {' and '.join(dict.fromkeys(gpus))}"] if gpus else []
+    here = ", ".join([*kinds, f"torch for CUDA {cuda}" if cuda else "torch without CUDA"])
+    # with train.device=cuda, check_device says that torch has none
+    is_wrong = bool(gpus and CAPABILITY not in gpus) or (cuda is None and config.train.device == "auto")
+    if on_engine and (is_wrong or (cuda is not None and numbers(cuda) < numbers(CUDA_FROM))):
+        found.append(f"{ENGINE_NEEDS}, here: {here}: {INSTEAD}")
+    if on_deep_gemm and is_wrong:
+        found.append(f"{DEEP_GEMM_NEEDS}, here: {here}: {SAME}")
     return found
 
 

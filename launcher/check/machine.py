@@ -1,7 +1,9 @@
-"""What this machine has for a run, looked up without torch: the CUDA of the torch installed here, its compilers."""
+"""What this machine has for a run, looked up without torch: GPUs, the CUDA of the torch installed here, compilers."""
 
+import re
 import runpy
 import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,19 @@ def torch_cuda() -> str | None:
     if spec is None or spec.origin is None:
         return None
     return runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"]
+
+
+def gpu_capabilities() -> tuple[str, ...]:
+    """The compute capability of each GPU here, such as "9.0", from nvidia-smi; () without it, or where it fails.
+
+    torch would take hold of a GPU to tell, in a process that may only look.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(re.findall(r"^\s*(\d+\.\d+)\s*$", said, re.MULTILINE))
 
 
 def can_compile(name: str) -> bool:

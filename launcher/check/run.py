@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from launcher.check.fp8 import check_deep_gemm, check_fp8_packages, check_fp8_words, check_transformer_engine
+from launcher.check.fp8 import (
+    check_deep_gemm,
+    check_fp8_gpu,
+    check_fp8_packages,
+    check_fp8_words,
+    check_transformer_engine,
+)
 from launcher.check.layout import (
     check_batch,
     check_experts,
@@ -270,6 +276,7 @@ RULES: tuple[Rule, ...] = (
 MACHINE_RULES: tuple[Rule, ...] = (
     check_device,
     check_fp8_packages,
+    check_fp8_gpu,
     check_packages,
     check_wandb,
     check_compiler,

@@ -33,6 +33,18 @@ def test_unknown_words(key: str, value: str) -> None:
     assert line.startswith(f"fp8.{key}={value}: use ")
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: Any) -> Any:
+    """What this machine is taken for: GPUs and CUDA as needed, unless other ones are asked for."""
+
+    def is_there(*gpus: str, cuda: str | None) -> None:
+        monkeypatch.setattr(check_fp8, "gpu_capabilities", lambda: gpus)
+        monkeypatch.setattr(check_fp8, "torch_cuda", lambda: cuda)
+
+    is_there("9.0", "9.0", cuda="12.9")
+    return is_there
+
+
 GOOD = {"backend": "transformer_engine", "input_cache": "wide", "attention_cache": "wide", "recompute_swiglu": False}
 
 
@@ -43,7 +55,7 @@ def judged(config: RunConfig, *, device: str, **keys: Any) -> list[str]:
         [line for line in problems(config, None, with_data=False, here=h) if "fp8" in line] for h in (True, False)
     )
     from_config = check_fp8.check_transformer_engine(config) + check_fp8.check_deep_gemm(config)
-    from_machine = check_fp8.check_fp8_packages(config)
+    from_machine = check_fp8.check_fp8_packages(config) + check_fp8.check_fp8_gpu(config)
     assert anywhere == from_config and here == from_config + from_machine
     return here
 
@@ -63,7 +75,7 @@ def test_transformer_engine_in_the_right_version_is_taken(monkeypatch: Any) -> N
         (None, {}, "Transformer Engine is not installed (2.20 or newer, below 2.21 is needed)"),
         ("1.13.0", {}, "Transformer Engine 1.13.0 is installed, 2.20 or newer"),
         ("2.21.0+abc", {}, "Transformer Engine 2.21.0+abc is installed"),
-        ("2.20.2", {"device": "cpu"}, "train.device=cpu"),
+        ("2.20.2", {"device": "cpu"}, "a GPU of compute capability 9.0 and CUDA 12.9 or newer, but train.device=cpu"),
         ("2.20.2", {"attention_cache": "e5m6"}, "fp8.attention_cache=e5m6: use fp8.attention_cache=wide"),
         ("2.20.2", {"recompute_swiglu": True}, "fp8.recompute_swiglu=true: use fp8.recompute_swiglu=false"),
         ("2.20.2", {"gradient_amax_floor": 1e-4}, "fp8.gradient_amax_floor=0.0001: use fp8.gradient_amax_floor=0"),
@@ -82,6 +94,28 @@ def test_sizes_are_refused_by_name(monkeypatch: Any) -> None:
     assert any("kv_a_proj_with_mqa" in line and "multiples of 16" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "cuda", "device", "words"),
+    [
+        (("8.0", "8.0"), "12.9", "cuda", "here: compute capability 8.0, torch for CUDA 12.9: use fp8.backend"),
+        (("10.0",), "13.0", "cuda", "here: compute capability 10.0, torch for CUDA 13.0: use fp8.backend"),
+        (("9.0",), "12.8", "cuda", "here: compute capability 9.0, torch for CUDA 12.8: use fp8.backend"),
+        ((), "12.4", "auto", "here: torch for CUDA 12.4: use fp8.backend"),
+        ((), None, "auto", "here: torch without CUDA: use fp8.backend"),
+        ((), "12.9", "cuda", None),  # not known: said when it starts
+        (("7.5", "9.0"), "13.0", "auto", None),
+    ],
+)
+def test_gpu_and_cuda_found_and_needed(
+    monkeypatch: Any, hopper: Any, gpus: tuple[str, ...], cuda: str | None, device: str, words: str | None
+) -> None:
+    hopper(*gpus, cuda=cuda)
+    lines = engine(monkeypatch, "2.20.2", device=device)
+    assert len(lines) == (words is not None)
+    needed = "fp8.backend=transformer_engine needs a GPU of compute capability 9.0 and CUDA 12.9 or newer, "
+    assert all(line.startswith(needed + str(words)) for line in lines)
+
+
 DEEP_GEMM = {"grouped": "deep_gemm", "recompute_swiglu": False}
 WIDTHS = ("model.hidden_size=256", "model.moe_intermediate_size=128")
 
@@ -89,6 +123,12 @@ WIDTHS = ("model.hidden_size=256", "model.moe_intermediate_size=128")
 def grouped(monkeypatch: Any, installed: str | None, *widths: str, device: str = "cuda", **keys: Any) -> list[str]:
     monkeypatch.setattr(backends, "installed", lambda package: installed)
     return judged(run(*widths), device=device, **DEEP_GEMM | keys)
+
+
+def test_deep_gemm_needs_its_gpu(monkeypatch: Any, hopper: Any) -> None:
+    hopper("10.0", cuda="12.8")
+    (line,) = grouped(monkeypatch, "2.6.1", *WIDTHS)
+    assert "of compute capability 9.0, here: compute capability 10.0, torch for CUDA 12.8: use fp8.grouped=same" in line
 
 
 def test_what_depends_on_the_run_alone_is_refused_where_it_is_only_sent_off(monkeypatch: Any) -> None:
