@@ -20,10 +20,12 @@ from launcher.safety.guard import RollbackError, Safety
 from launcher.safety.same_run import require_same
 from launcher.safety.watchdog import Watchdog
 from launcher.step import NonFiniteError, train_step
+from model.fp8.config import FP8Config
 from parallel.expert.native.failure import NativeError
 from parallel.expert.roll_call import ExpertError
 from parallel.pipeline.p2p import PipelineError
 
+EMULATED = {"oracle_fast": "emulated by BF16 products", "oracle_exact": "emulated to the bit"}
 STOPPING = (NonFiniteError, PipelineError, ExpertError, NativeError, AgreedError, RollbackError)
 
 
@@ -131,13 +133,22 @@ def describe(config: RunConfig) -> list[str]:
     c, p = counts(config.model), config.parallel
     layout = plan_layout(config)
     sizes = "+".join(str(len(layers)) for layers in layout.stages)
-    return [
+    lines = [
         f"{config.name}: {c.main / 1e6:.1f}M weights, {c.active / 1e6:.1f}M active a token, MTP {c.mtp / 1e6:.1f}M",
         f"{p.world_size} ranks: pipeline {p.pipeline} ({p.schedule}, layers {sizes}) x data {p.data}, "
         f"expert {p.expert} inside data, ZeRO-1",
         f"{_range(level.batch for level in config.batch_levels)} sequences of {config.data.sequence_length} tokens a "
-        f"step, {_range(config.microbatch_counts)} micro-batches a pipeline, {config.train.precision}",
+        f"step, {_range(config.microbatch_counts)} micro-batches a pipeline",
     ]
+    if config.train.precision == "fp8":
+        return [*lines, _fp8(config.fp8)]
+    return [*lines[:-1], f"{lines[-1]}, {config.train.precision}"]
+
+
+def _fp8(config: FP8Config) -> str:
+    """What computes: an emulation gains no speed anywhere, and is not to pass for a GPU's FP8 unseen."""
+    by = ": ".join([config.backend, *filter(None, [EMULATED.get(config.backend)])])
+    return f"fp8 ({by})" + (f", experts by {config.grouped}" if config.grouped != "same" else "")
 
 
 def _range(numbers: Iterable[int]) -> str:
