@@ -13,6 +13,7 @@ from launcher.record.events import read
 TENSORS = ("input", "swiglu_input", "weight", "gradient", "gradient_columns")
 # What rounding to E4M3 alone costs on Gaussian data; clearly above it, a tile's range is too wide.
 GAUSSIAN_ERROR = 2.7e-2
+NOT_FINITE = "red"  # no colour of the scale
 
 
 class ReportError(ValueError):
@@ -93,8 +94,13 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _badness(sample: Sample) -> float:
-    return math.inf if math.isnan(sample.relative_error) else sample.relative_error
+def badness(sample: Sample) -> float:
+    """By which samples are ordered: the relative error, infinity where the tensor was not finite."""
+    return _nan_largest(sample.relative_error)
+
+
+def _nan_largest(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _names(samples: Sequence[Sample]) -> list[str]:
@@ -111,16 +117,17 @@ def lines(samples: Sequence[Sample], *, num_worst: int) -> Iterator[str]:
     yield f"{'tensor':<18}{'error: median':>14}{'worst':>9}{'first':>9}{'underflow':>11}{'at 448':>9}{'amax':>10}"
     for tensor in _names(now):
         group = [s for s in now if s.tensor == tensor]
-        errors = sorted(map(_badness, group))
-        begin = max(_badness(s) for s in samples if s.step == first and s.tensor == tensor)
-        most = [max(getattr(s, name) for s in group) for name in ("underflow", "saturated", "amax")]
+        errors = sorted(map(badness, group))
+        since = min(s.step for s in samples if s.tensor == tensor)
+        begin = max(badness(s) for s in samples if (s.step, s.tensor) == (since, tensor))
+        most = [max(_nan_largest(getattr(s, name)) for s in group) for name in ("underflow", "saturated", "amax")]
         yield (
             f"{tensor:<18}{errors[len(errors) // 2]:>14.2e}{errors[-1]:>9.1e}{begin:>9.1e}"
             f"{most[0]:>11.1e}{most[1]:>9.1e}{most[2]:>10.2e}"
         )
     yield ""
     yield f"{f'the {min(num_worst, len(now))} worst':<45}{'tensor':<17}{'error':>8}{'underflow':>10}"
-    for s in sorted(now, key=_badness, reverse=True)[:num_worst]:
+    for s in sorted(now, key=badness, reverse=True)[:num_worst]:
         yield f"{_short(s.layer, 44):<45}{s.tensor:<17}{s.relative_error:>8.1e}{s.underflow:>10.1e}"
     bad = [s for s in samples if math.isnan(s.relative_error)]
     if bad:
@@ -168,7 +175,10 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
                 axes[row][column].set_xlabel("block", fontsize=8)
         top.colorbar(image, ax=list(axes[row]), label=label, extend="both")
     _history(bottom.subplots(), samples, tensors)
-    figure.suptitle(f"FP8 at step {samples[-1].step}: white where a block has no such linear", fontsize=10)
+    colours = "white where a block has no such linear"
+    if not all(math.isfinite(s.relative_error) for s in now):
+        colours += f", {NOT_FINITE} where a tensor was not finite"
+    figure.suptitle(f"FP8 at step {samples[-1].step}: {colours}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -184,21 +194,28 @@ def _grid(
     for s in samples:
         block, linear = _place(s.layer)
         value = getattr(s, name)
-        grid[linears.index(linear)][blocks.index(block)] = math.inf if math.isnan(value) else max(value, low / 2)
+        grid[linears.index(linear)][blocks.index(block)] = _nan_largest(max(value, low / 2))
     return grid
 
 
 def _heat(axis: Any, grid: list[list[float]], low: float, high: float) -> Any:
-    from matplotlib.colors import LogNorm
+    """The grid as a picture: white where it has NaN, NOT_FINITE where it has infinity."""
+    from matplotlib.colors import ListedColormap, LogNorm
 
     axis.tick_params(length=0)
-    return axis.imshow(grid, norm=LogNorm(low, high), cmap="viridis", aspect="auto", interpolation="nearest")
+    shape: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    # a cell that is not finite has no colour of a scale
+    marks = [[1.0 if math.isinf(value) else math.nan for value in row] for row in grid]
+    axis.imshow(marks, cmap=ListedColormap([NOT_FINITE]), vmin=0, vmax=1, **shape)
+    finite = [[math.nan if math.isinf(value) else value for value in row] for row in grid]
+    return axis.imshow(finite, norm=LogNorm(low, high), cmap="viridis", **shape)
 
 
 def _history(axis: Any, samples: Sequence[Sample], tensors: Sequence[str]) -> None:
     steps = list(dict.fromkeys(s.step for s in samples))
     for tensor in tensors:
-        worst = [max((_badness(s) for s in samples if (s.step, s.tensor) == (n, tensor)), default=0) for n in steps]
+        at = [[badness(s) for s in samples if (s.step, s.tensor) == (n, tensor)] for n in steps]
+        worst = [max(errors, default=math.nan) for errors in at]
         axis.plot(steps, worst, marker="o", markersize=3, label=tensor)
     axis.axhline(GAUSSIAN_ERROR, color="grey", linewidth=0.8, linestyle="--", label="Gaussian data")
     axis.set_yscale("log")

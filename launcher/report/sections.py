@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.commands.fp8_report import GAUSSIAN_ERROR, Sample
+from launcher.commands.fp8_report import GAUSSIAN_ERROR, Sample, badness
 from launcher.record.clock import PHASES
 from launcher.record.events import StepEvent
 from launcher.record.norms import GROUPS
@@ -293,7 +293,7 @@ def fp8(samples: Sequence[Sample]) -> str:
         "Worst relative error of FP8, by tensor", series, "", "", WIDE, 220, log=True,
         marks=[(GAUSSIAN_ERROR, "rounding alone, Gaussian data")],
     )  # fmt: skip
-    now = sorted((s for s in samples if s.step == steps[-1]), key=lambda s: -s.relative_error)[:12]
+    now = sorted((s for s in samples if s.step == steps[-1]), key=badness, reverse=True)[:12]
     rows = "".join(
         f"<tr><td>{html.escape(s.layer)}</td><td>{html.escape(s.tensor.replace('_', ' '))}</td>"
         f"<td class='n'>{s.relative_error:.2e}</td><td class='n'>{s.underflow:.1e}</td>"

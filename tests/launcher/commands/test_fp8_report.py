@@ -12,8 +12,10 @@ import torch
 
 from launcher.__main__ import main
 from launcher.check.run import problems
+from launcher.commands.fp8_report import Sample
 from launcher.config import compose, to_yaml
 from launcher.record.events import EventLog, StepEvent, read
+from launcher.report.sections import fp8 as fp8_section
 from launcher.step import NonFiniteError
 from model.fp8.apply import fp8_linears
 from model.fp8.config import FP8Config
@@ -60,6 +62,49 @@ def test_json_and_a_tensor_that_is_not_finite(tmp_path: Path, capsys: Any) -> No
     assert len(json.loads(capsys.readouterr().out)["samples"]) == 4
     assert main(["fp8-report", str(run)]) == 0
     assert "not finite first: input of layers.1.self_attn.kv_b_proj in step 2" in capsys.readouterr().out
+
+
+def test_a_tensor_that_was_not_in_the_first_sample(tmp_path: Path, capsys: Any) -> None:
+    run = log_of(tmp_path, event(1, fp8=ROWS[:1]), event(2, fp8=ROWS), event(3, fp8=ROWS[:1]))
+    assert main(["fp8-report", str(run), "--png"]) == 0
+    run = log_of(tmp_path / "more", event(1, fp8=ROWS[:1]), event(2, fp8=ROWS))
+    assert main(["fp8-report", str(run), "--png"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gradient  ")]
+    assert line.split()[1:4] == ["3.10e-01", "3.1e-01", "3.1e-01"]  # its first is that of step 2
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_a_sum_over_layers_keeps_what_is_not_finite(order: tuple[int, ...], tmp_path: Path, capsys: Any) -> None:
+    rows = [(f"layers.{i}.self_attn.o_proj", "input", amax, 0.0, 0.0, error)
+            for i, (amax, error) in enumerate([(math.nan, math.nan), (2.0, 0.027), (3.0, 0.026)])]  # fmt: skip
+    run = log_of(tmp_path, event(1, fp8=tuple(rows[i] for i in order)))
+    assert main(["fp8-report", str(run)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("input  ")]
+    assert line.split()[2] == line.split()[-1] == "inf"
+
+
+def colours(picture: Path) -> set[tuple[int, int, int]]:
+    from matplotlib.image import imread
+
+    return {(int(r * 255), int(g * 255), int(b * 255)) for r, g, b, *_ in imread(picture).reshape(-1, 4)}
+
+
+def test_what_is_not_finite_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    red, first = (255, 0, 0), ROWS[0]
+    fine, bad = log_of(tmp_path / "fine", event(1, fp8=ROWS)), (*first[:-1], math.nan)
+    broken = log_of(tmp_path / "broken", event(1, fp8=(bad, *ROWS[1:])))
+    for run in (fine, broken):
+        assert main(["fp8-report", str(run), "--png"]) == 0
+    assert red not in colours(fine / "fp8.png") and red in colours(broken / "fp8.png")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_the_page_lists_what_is_not_finite_first(order: tuple[int, ...]) -> None:
+    errors = [math.nan, 0.3, 0.02]
+    samples = [Sample(1, f"layers.{i}.self_attn.o_proj", "input", 1.0, 0.0, 0.0, errors[i]) for i in order]
+    page = fp8_section(samples)
+    places = [page.index(f"<td>layers.{i}.self_attn.o_proj</td>") for i in (0, 1, 2)]
+    assert places == sorted(places)
 
 
 def advice(folder: Path, capsys: Any, *overrides: str) -> str:
