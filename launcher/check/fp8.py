@@ -6,7 +6,6 @@ from launcher.check.layout import either
 from launcher.check.machine import gpu_capabilities, torch_cuda
 from launcher.config import RunConfig
 from model.backends import numbers, transformer_engine_problem, version_problem
-from model.counts import parameter_shapes
 from model.fp8.config import (
     ATTENTION_CACHES,
     BACKENDS,
@@ -16,9 +15,9 @@ from model.fp8.config import (
     GROUPED,
     INPUT_CACHES,
     SCALES,
-    TRANSFORMER_ENGINE_MULTIPLE,
     FP8Config,
 )
+from parallel.plan.job import GPU_FP8, fp8_problem
 
 CHOICES = {
     "fp8.backend": BACKENDS,
@@ -28,14 +27,7 @@ CHOICES = {
     "fp8.attention_cache": ATTENTION_CACHES,
 }
 # What the back ends of a GPU do: any other value of these keys would have no effect there.
-TRANSFORMER_ENGINE_HAS = {
-    "attention_cache": "wide",
-    "input_cache": "wide",
-    "recompute_swiglu": False,
-    "gradient_amax_floor": 0.0,
-    "weights_per_step": True,
-    "watch_every": 0,
-}
+TRANSFORMER_ENGINE_HAS = {**GPU_FP8, "weights_per_step": True, "watch_every": 0}
 DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_every": 0}
 ENGINE, DEEP_GEMM = "fp8.backend=transformer_engine", "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
@@ -66,7 +58,10 @@ def check_transformer_engine(config: RunConfig) -> list[str]:
     found = []
     if config.train.device == "cpu":
         found.append(f"{ENGINE_NEEDS}, but train.device=cpu: {INSTEAD}")
-    return found + _lacking(ENGINE, config.fp8, TRANSFORMER_ENGINE_HAS) + _odd_sizes(config)
+    found += _lacking(ENGINE, config.fp8, TRANSFORMER_ENGINE_HAS)
+    if problem := fp8_problem(config.model):
+        found.append(f"{ENGINE}: {problem}: choose such sizes, or {INSTEAD.removeprefix('use ')}")
+    return found
 
 
 def check_deep_gemm(config: RunConfig) -> list[str]:
@@ -141,18 +136,3 @@ def _lacking(key: str, fp8: FP8Config, has: Mapping[str, object]) -> list[str]:
 def _word(value: object) -> str:
     """As the command line takes it."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
-
-
-def _odd_sizes(config: RunConfig) -> list[str]:
-    """Weights whose sizes its FP8 products cannot take, by name."""
-    least = TRANSFORMER_ENGINE_MULTIPLE
-    wide = ("embed_tokens", "lm_head", ".gate.")
-    for name, shape in parameter_shapes(config.model):
-        is_odd = len(shape) > 1 and any(size > 0 and size % least for size in shape[-2:])
-        if is_odd and not any(part in name for part in wide):
-            sizes = " x ".join(map(str, shape[-2:]))
-            return [
-                f"{ENGINE}: {name} is {sizes}, its FP8 products take multiples of {least}: "
-                f"choose such sizes, or {INSTEAD.removeprefix('use ')}"
-            ]
-    return []
