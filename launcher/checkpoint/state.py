@@ -39,6 +39,7 @@ from launcher.checkpoint.reader import Reader, verify
 from launcher.checkpoint.tensor_file import file_record
 from launcher.config import RunConfig, to_dict
 from launcher.safety.agreement import highest, messages, require_agreed
+from launcher.safety.same_run import differences, flat
 from model.counts import parameter_shapes
 from model.fp8.linear import weights_changed
 from parallel.zero1 import Bucket
@@ -49,6 +50,8 @@ __all__ = [
 ]  # fmt: skip
 
 OPTIMIZER_KINDS = ("exp_avg", "exp_avg_sq")
+PLACE = ("name", "run_dir", "parallel.")  # where a run lies, and its layout, which is said by itself
+NUM_LISTED = 12
 
 
 def checkpoints_dir(config: RunConfig) -> Path:
@@ -234,7 +237,8 @@ def load(
 
     verified: whether its checksums have been read already, else every rank reads its share of them. same_run: False for
     a run that begins with the weights of another, whose shapes alone must fit. CheckpointError for another model, and
-    for another data set or tokenizer unless the configuration accepts them by key.
+    for another data set, cut or tokenizer unless the configuration accepts them by key. What else of the configuration
+    has changed is said.
     """
     reader = Reader(path, verify=False)
     if same_run:
@@ -246,6 +250,8 @@ def load(
         agreed(run, lambda: verify(path, share=process.rank, shares=process.world_size))
     if reader.manifest.get("layout") not in (None, _as_json(run.config)):
         say(f"{path.name} was written by another layout ({_layout(reader.config)}): read for {_layout(run.config)}")
+    if same_run and (changed := _changed(run.config, reader)):
+        say(f"{path.name} was written with another configuration: {changed}")
     for bucket, shard in zip(run.zero1.buckets, run.optimizer.shards, strict=True):
         for piece in bucket.pieces():
             part = slice(piece.start, piece.stop)
@@ -301,6 +307,33 @@ def _require_same_run(config: RunConfig, reader: Reader) -> None:
                 f"{path} was trained with another {what} (digest {theirs.get(key)}, data.prefix={config.data.prefix} "
                 f"has {ours[key]}): take the same, or set train.accept_other_{key}=true"
             )
+    before, now = (_cut(each, reader.progress.tokens) for each in (reader.config, config))
+    if before != now and not config.train.accept_other_data:
+        raise CheckpointError(
+            f"{path} was trained on samples that were cut otherwise: "
+            f"{differences(now, before, whose='there', most=NUM_LISTED)}: take the same, or set "
+            "train.accept_other_data=true"
+        )
+
+
+def _cut(config: RunConfig, tokens: int) -> dict[str, object]:
+    """What decides, with the data set, which samples the first `tokens` tokens were: their length, and the phases that
+    had begun. Phases that lie ahead may change.
+    """
+    data = to_dict(config)["data"]
+    begun = [phase for phase in data["phases"] if phase["from_tokens"] < tokens]
+    return flat({"data": {"sequence_length": data["sequence_length"], "phases": begun}})
+
+
+def _changed(config: RunConfig, reader: Reader) -> str:
+    """Keys whose values are not the checkpoint's, in a line; empty for an imported one, which no configuration made."""
+    if "identity" not in reader.manifest:
+        return ""
+    now, then = (
+        {key: value for key, value in flat(to_dict(each)).items() if not key.startswith(PLACE)}
+        for each in (config, reader.config)
+    )
+    return differences(now, then, whose="then", most=NUM_LISTED)
 
 
 def agreed(run: Run, work: Callable[[], object]) -> None:
