@@ -11,7 +11,9 @@ import pytest
 from launcher.__main__ import main
 from launcher.check.run import problems
 from launcher.config import choices, compose
+from launcher.recipe import phase_of
 from launcher.record.events import read
+from optim.schedule import value_at
 from tests.launcher.checkpoint.states import prepared
 
 ROOT = Path(__file__).parents[2]
@@ -20,10 +22,18 @@ NAMED = {
     "deepseek_v3_1024_h100", "smoke_671b_shape",
 }  # fmt: skip
 SMALL = {"tiny", "demo", "single", "bench85m", "smoke_671b_shape"}
+NOT_TO_LEARN = {"bench85m", "smoke_671b_shape"}  # a few steps: a measurement, and whether a shape runs at all
 
 
 def test_the_named_ones_are_there() -> None:
     assert set(choices("experiment")) >= NAMED | SMALL
+
+
+@pytest.mark.parametrize("name", sorted(set(choices("experiment")) - NOT_TO_LEARN))
+def test_the_highest_learning_rate_is_reached(name: str) -> None:
+    config = compose([f"experiment={name}"])
+    highest = max(segment.value for segment in config.optim.lr)
+    assert max(value_at(config.optim.lr, values.tokens) for values in phase_of(config).boundaries) == highest
 
 
 @pytest.mark.parametrize(
