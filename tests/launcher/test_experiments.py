@@ -23,10 +23,18 @@ NAMED = {
 }  # fmt: skip
 SMALL = {"tiny", "demo", "single", "bench85m", "smoke_671b_shape"}
 NOT_TO_LEARN = {"bench85m", "smoke_671b_shape"}  # a few steps: a measurement, and whether a shape runs at all
+FUSED_ON_A_GPU = {"torch_fused", "apex", "transformer_engine"}
+GPU_RUNS = [name for name in choices("experiment") if compose([f"experiment={name}"]).train.device == "cuda"]
 
 
 def test_the_named_ones_are_there() -> None:
     assert set(choices("experiment")) >= NAMED | SMALL
+
+
+@pytest.mark.parametrize("name", GPU_RUNS)
+def test_a_gpu_updates_the_weights_in_few_kernels(name: str) -> None:
+    optim = compose([f"experiment={name}"]).optim
+    assert optim.adamw in FUSED_ON_A_GPU or (optim.adamw, optim.offload) == ("deepspeed_cpu", True)
 
 
 @pytest.mark.parametrize("name", sorted(set(choices("experiment")) - NOT_TO_LEARN))
