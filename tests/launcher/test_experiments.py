@@ -31,6 +31,12 @@ def test_the_named_ones_are_there() -> None:
     assert set(choices("experiment")) >= NAMED | SMALL
 
 
+def test_each_has_a_folder_of_its_own() -> None:
+    """A run continues what lies in its folder; init_from names the folder of another."""
+    folders = {name: compose([f"experiment={name}"]).run_dir for name in choices("experiment")}
+    assert len(set(folders.values())) == len(folders), folders
+
+
 @pytest.mark.parametrize("name", GPU_RUNS)
 def test_a_gpu_updates_the_weights_in_few_kernels(name: str) -> None:
     optim = compose([f"experiment={name}"]).optim
