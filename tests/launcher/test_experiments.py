@@ -50,6 +50,16 @@ def test_the_highest_learning_rate_is_reached(name: str) -> None:
     assert max(value_at(config.optim.lr, values.tokens) for values in phase_of(config).boundaries) == highest
 
 
+@pytest.mark.parametrize("name", GPU_RUNS)
+def test_the_logs_of_a_long_run_stay_small(name: str) -> None:
+    """Below a GB of expert counts in events.jsonl, and few appends to the ranks' files, which share a file system."""
+    config = compose([f"experiment={name}"])
+    train, model = config.train, config.model
+    blocks = model.num_moe_layers + model.num_nextn_predict_layers
+    assert train.steps / train.expert_counts_every * blocks * model.n_routed_experts * 9 < 1e9  # 9 bytes a number
+    assert train.steps / train.rank_events_every * config.parallel.world_size < 1e7
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in choices("experiment")]
 )
