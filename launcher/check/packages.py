@@ -6,12 +6,11 @@ Packages are looked up by name and version: some compile, wait or fail when they
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from launcher.config import RunConfig
+from model import backends
 
 PACKAGE_CHOICES = {
     "optim.adamw": ("plain", "torch_fused", "deepspeed_cpu", "apex", "transformer_engine"),
@@ -44,22 +43,15 @@ def check_packages(config: RunConfig) -> list[str]:
         found += deepspeed_problem("optim.adamw=deepspeed_cpu", FUSED) or cpu_adam_problem()
     if config.optim.adamw == "apex":
         found += apex_problem()
-    if config.optim.adamw == "transformer_engine" and _version("transformer-engine") is None:
-        found.append(
-            f"optim.adamw=transformer_engine: Transformer Engine is not installed: pip install -e .[gpu], or {FUSED}"
-        )
+    if config.optim.adamw == "transformer_engine" and (problem := backends.transformer_engine_problem()):
+        found.append(f"optim.adamw=transformer_engine: {problem}: pip install -e .[gpu], or {FUSED}")
     return found
 
 
-def deepspeed_problem(key: str, instead: str, lookup: Callable[[str], str | None] | None = None) -> list[str]:
+def deepspeed_problem(key: str, instead: str) -> list[str]:
     """Nothing, or the line that says which DeepSpeed is missing."""
-    installed = (lookup or _version)("deepspeed")
-    needed = f"{DEEPSPEED_FROM} or newer, below {DEEPSPEED_UNTIL}"
-    if installed is None:
-        return [f"{key}: DeepSpeed is not installed ({needed} is needed): pip install -e .[deepspeed], or {instead}"]
-    if not _numbers(DEEPSPEED_FROM) <= _numbers(installed) < _numbers(DEEPSPEED_UNTIL):
-        return [f"{key}: DeepSpeed {installed} is installed, {needed} is needed: {instead}"]
-    return []
+    problem = backends.version_problem("DeepSpeed", "deepspeed", DEEPSPEED_FROM, DEEPSPEED_UNTIL)
+    return [f"{key}: {problem}: pip install -e .[deepspeed], or {instead}"] if problem else []
 
 
 def cpu_adam_problem() -> list[str]:
@@ -81,19 +73,8 @@ def apex_problem() -> list[str]:
     """NVIDIA's apex by its compiled module; the package registry's `apex` is another project."""
     if find_spec("amp_C") is not None:
         return []
-    other = _version("apex")
+    other = backends.installed("apex")
     here = f"the apex {other} installed here is another project" if other else "it is not installed"
     if other and find_spec("apex.multi_tensor_apply") is not None:
         here = f"the apex {other} installed here was built without its CUDA extensions"
     return [f"optim.adamw=apex needs NVIDIA's apex, built from source, and {here}: run slurm/install.sh, or {FUSED}"]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdecimal())

@@ -2,13 +2,13 @@
 
 import difflib
 import os
-from importlib.metadata import PackageNotFoundError, version
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from launcher.config import RunConfig
+from model.backends import version_problem
 
-WANDB_FROM = (0, 19)
+WANDB_FROM, WANDB_UNTIL = "0.31", "0.32"  # the range of setup.py; the tests read back what it writes
 WANDB_HOST = "api.wandb.ai"
 
 
@@ -44,20 +44,12 @@ def _peak(against: str) -> list[str]:
 
 
 def check_wandb(config: RunConfig) -> list[str]:
-    """The package is here where it is wanted, and a key where it is to send."""
+    """The package is here where it is wanted, in a version that was tested, and a key where it is to send."""
     mode = config.train.wandb
     if mode not in ("offline", "online"):
         return []
-    needed = ".".join(map(str, WANDB_FROM))
-    try:
-        installed = version("wandb")
-    except PackageNotFoundError:
-        return [
-            f"train.wandb={mode}: the package wandb is not installed: pip install 'wandb>={needed}', or use "
-            "train.wandb=off"
-        ]
-    if tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal()) < WANDB_FROM:
-        return [f"train.wandb={mode}: wandb {installed} is installed, {needed} or newer is needed: use train.wandb=off"]
+    if problem := version_problem("wandb", "wandb", WANDB_FROM, WANDB_UNTIL):
+        return [f"train.wandb={mode}: {problem}: pip install -e .[wandb], or use train.wandb=off"]
     if mode == "online" and not _has_key():
         return ["train.wandb=online: no API key; set WANDB_API_KEY, or run `wandb login`, or use train.wandb=offline"]
     return []

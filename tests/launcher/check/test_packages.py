@@ -10,9 +10,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from launcher.check import packages
+from launcher.check import packages, record
 from launcher.check.run import checked
 from launcher.config import ConfigError
+from model import backends
+from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("deepspeed", "megatron", "transformer-engine", "transformer_engine", "apex", "wandb", "triton", "submitit")
@@ -30,7 +32,7 @@ def messages(overrides: list[str]) -> list[str]:
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Versions of the packages that the rules see."""
     versions: dict[str, str] = {}
-    monkeypatch.setattr(packages, "_version", versions.get)
+    monkeypatch.setattr(backends, "installed", versions.get)
     return versions
 
 
@@ -41,7 +43,37 @@ def test_deepspeed_in_no_version_and_in_the_wrong_one(installed: dict[str, str],
     for version in ("0.18.9", "0.19.7", "0.20.0", "1.0"):
         installed["deepspeed"] = version
         (line,) = messages([key])
-        assert f"DeepSpeed {version} is installed, 0.19.8 or newer, below 0.20 is needed" in line
+        assert f"DeepSpeed {version} is installed, 0.19.8 or newer, below 0.20 is needed: pip install -e .[dee" in line
+
+
+def test_transformer_engine_in_no_version_and_in_the_wrong_one(installed: dict[str, str]) -> None:
+    """The range that the rule on fp8.backend has."""
+    key = "optim.adamw=transformer_engine"
+    (line,) = messages([key])
+    assert line == (
+        f"{key}: Transformer Engine is not installed (2.20 or newer, below 2.21 is needed): pip install -e .[gpu], or "
+        "use optim.adamw=torch_fused"
+    )
+    for version in ("1.13.0", "2.19.1", "2.21.0"):
+        installed["transformer_engine"] = version
+        (line,) = messages([key])
+        assert f"Transformer Engine {version} is installed, 2.20 or newer, below 2.21 is needed" in line
+    installed["transformer_engine"] = "2.20.2+1a2b3c"
+    assert messages([key]) == []
+
+
+def test_wandb_in_no_version_and_in_the_wrong_one(installed: dict[str, str]) -> None:
+    (line,) = messages(["train.wandb=offline"])
+    assert line == (
+        "train.wandb=offline: wandb is not installed (0.31 or newer, below 0.32 is needed): pip install -e .[wandb], "
+        "or use train.wandb=off"
+    )
+    for version in ("0.19.0", "0.30.2", "0.32.0", "1.0"):
+        installed["wandb"] = version
+        (line,) = messages(["train.wandb=offline"])
+        assert f"wandb {version} is installed, 0.31 or newer, below 0.32 is needed: pip install -e .[wandb]" in line
+    installed["wandb"] = "0.31.1"
+    assert messages(["train.wandb=offline"]) == []
 
 
 def test_a_good_deepspeed_is_taken(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +121,7 @@ def test_what_cannot_be(installed: dict[str, str], overrides: list[str], words: 
 
 
 def test_the_command_says_it_in_one_line_with_exit_code_2() -> None:
-    if packages._version("deepspeed"):
+    if backends.installed("deepspeed"):
         pytest.skip("DeepSpeed is installed here")
     command = [sys.executable, "-m", "launcher", "train", "experiment=tiny", "optim.zero1=deepspeed", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -156,9 +188,19 @@ def test_ranges_agree_with_the_rules(setup: dict[str, Any]) -> None:
 
     assert NAME == "cpu_adam"
     wanted = f"deepspeed>={packages.DEEPSPEED_FROM},<{packages.DEEPSPEED_UNTIL}"
-    assert wanted in setup["extras_require"]["deepspeed"] and wanted in setup["extras_require"]["cluster"]
+    extras = setup["extras_require"]
+    assert wanted in extras["deepspeed"] and wanted in extras["cluster"]
     tested = (deepspeed_zero1.TESTED_FROM, deepspeed_zero1.TESTED_UNTIL)
     assert tested == (packages.DEEPSPEED_FROM, packages.DEEPSPEED_UNTIL)
+    others = {
+        f"wandb>={record.WANDB_FROM},<{record.WANDB_UNTIL}": ("wandb", "gpu", "cluster", "test"),
+        f"transformer-engine[pytorch]>={TRANSFORMER_ENGINE_FROM},<{TRANSFORMER_ENGINE_UNTIL}": ("gpu", "cluster"),
+    }
+    for asked, names in others.items():
+        assert all(asked in extras[name] for name in names), asked
+        # and in no other words elsewhere
+        kin = [line for lines in extras.values() for line in lines if line.startswith(Requirement(asked).name)]
+        assert set(kin) == {asked}
 
 
 def test_importing_the_launcher_is_quick_and_brings_nothing_heavy() -> None:
