@@ -4,6 +4,7 @@ A phase is a run; the runs that begin with its weights (`train.init_from`) follo
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +66,7 @@ def phase_of(config: RunConfig, *, first_tokens: int = 0) -> Phase:
     *_, last = StepPlan(config).stretches(config.train.steps)
     tokens = last.end_tokens
     boundaries = tuple(values_at(config, at) for at in boundary_tokens(config, tokens))
-    return Phase(config.name, config, first_tokens, tokens, config.train.steps, _hours(config, tokens), boundaries)
+    return Phase(config.name, config, first_tokens, tokens, config.train.steps, _hours(config), boundaries)
 
 
 def values_at(config: RunConfig, tokens: int) -> Values:
@@ -106,11 +107,13 @@ def _ends(segments: Sequence[Segment]) -> Iterator[int]:
         yield tokens
 
 
-def _hours(config: RunConfig, tokens: int) -> float:
-    """The report's hours a token, scaled by operations a token: another model, longer attention."""
-    length = config.data.sequence_length
-    ratio = flops_per_token(config.model, length, mtp=True).causal / flops_per_token(_report(), 4096, mtp=True).causal
-    return tokens / 1e12 * HOURS_PER_TRILLION * ratio
+def _hours(config: RunConfig) -> float:
+    """The report's hours a token, scaled by operations a token: another model, longer attention, by each step's own."""
+    tokens: Counter[int] = Counter()
+    for stretch in StepPlan(config).stretches(config.train.steps):
+        tokens[stretch.step.sequence_length] += stretch.end_tokens - stretch.first_tokens
+    flops = sum(flops_per_token(config.model, length, mtp=True).causal * many for length, many in tokens.items())
+    return flops / flops_per_token(_report(), 4096, mtp=True).causal / 1e12 * HOURS_PER_TRILLION
 
 
 @cache

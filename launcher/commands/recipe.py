@@ -8,17 +8,24 @@ from typing import Any
 
 from launcher.recipe import HOURS_PER_TRILLION, Phase, Values, phases
 
+PICTURE = Path("recipe.png")  # where no file is named
 HEADER = f"{'tokens':>19}{'step':>10}{'lr':>10}{'batch':>8}{'length':>9}{'MTP':>6}{'bias':>8}{'FIM':>7}"
 
 
 def recipe_command(argv: list[str]) -> int:
-    """`expertpipe recipe [--json] [--png FILE] [OVERRIDES]`; the exit code."""
+    """`expertpipe recipe [--json] [--png [FILE]] [OVERRIDES]`; the exit code."""
     parser = ArgumentParser(prog="expertpipe recipe", description="Every scheduled value of a run, by tokens seen.")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as experiment=deepseek_v3")
     parser.add_argument("--json", action="store_true", help="one JSON object, with every level of a batch ramp")
-    parser.add_argument("--png", type=Path, help="draw the schedules there")
+    parser.add_argument(
+        "--png", nargs="?", const=PICTURE, type=Path, metavar="FILE", help=f"draw the schedules there ({PICTURE})"
+    )
     args = parser.parse_intermixed_args(argv)
     from launcher.check.run import checked
+    from launcher.config import ConfigError
+
+    if args.png is not None and "=" in str(args.png):
+        raise ConfigError([f"--png {args.png}: an override, not a file: write --png {PICTURE} {args.png}"])
 
     # a recipe can be read where the GPUs are not
     found = phases(checked(args.overrides, with_data=False, here=False))

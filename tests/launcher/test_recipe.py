@@ -37,6 +37,20 @@ def test_hours_of_pretraining_are_the_reports(report: dict[str, Any]) -> None:
     assert report["deepseek_v3_128k"]["h800_hours"] > report["deepseek_v3_32k"]["h800_hours"] > 0.0629 * 180e3
 
 
+def test_hours_count_every_phase_at_its_own_length() -> None:
+    """Half of the tokens at 4K, half at 32K: as much as the two halves alone."""
+    step = 3072 * 4096
+    words = ["experiment=deepseek_v3", "model.max_position_embeddings=32768", "train.global_batch_size=3072"]
+
+    def hours(*more: str) -> float:
+        return phase_of(compose([*words, *more])).h800_hours
+
+    phases = f"data.phases=[{{from_tokens: {800 * step}, sequence_length: 32768}}]"
+    short, long = hours("train.steps=800"), hours("train.steps=100", "data.sequence_length=32768")
+    assert hours("train.steps=900", phases) == pytest.approx(short + long, rel=1e-12)
+    assert long > 1.2 * short
+
+
 def test_every_value_of_the_report_at_its_boundary(report: dict[str, Any]) -> None:
     keys = ("tokens", "lr", "batch", "mtp_lambda", "bias_update_speed", "fim_rate")
     rows = [tuple(values[key] for key in keys) for values in report["deepseek_v3"]["boundaries"]]
@@ -86,6 +100,20 @@ def test_json_holds_every_level_of_the_ramp(capsys: pytest.CaptureFixture[str]) 
 def test_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run(capsys, "experiment=demo", "--png", str(tmp_path / "new" / "recipe.png"))
     assert (tmp_path / "new" / "recipe.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_without_a_name_lies_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "experiment=demo", "--png").endswith("\nrecipe.png\n")
+    assert (tmp_path / "recipe.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_override_is_no_name_of_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "--png", "experiment=demo"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("--png experiment=demo: an override, not a file: write --png recipe.png experiment=demo")
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
