@@ -50,7 +50,7 @@ def row(*pictures: str) -> str:
 
 
 def losses(record: RunRecord) -> str:
-    """Main and MTP loss over the steps, held-out loss where it was scored."""
+    """Main and MTP loss over the steps, held-out loss where it was scored; the balance loss where there is one."""
     found = []
     for name, of, colour in (
         ("loss", lambda event: event.loss, 0), ("multi-token prediction loss", lambda event: event.mtp_loss, 1),
@@ -70,21 +70,30 @@ def losses(record: RunRecord) -> str:
     chart = Chart(
         "Loss", found, "nats a token, by step", note.strip(), WIDE, 300, points=points, events=_warned(record)
     )  # fmt: skip
-    return draw(chart)
+    if not any(event.balance_loss for event in record.events):  # no expert, no weight of it, or an old log
+        return draw(chart)
+    balance = Chart(
+        "Balance loss", [_series(record, "balance loss", lambda e: e.balance_loss, 2)],
+        "nats a token, sum of the layers, as it enters the loss", "", WIDE, 150, from_zero=True, events=_warned(record),
+    )  # fmt: skip
+    return draw(chart) + draw(balance)
 
 
 def recipe(record: RunRecord) -> str:
     """What was scheduled, as the steps took it."""
-    lr = Chart("Learning rate", [_series(record, "lr", lambda e: e.lr)], from_zero=True, width=350, height=170)
-    batch = Chart(
-        "Batch", [_series(record, "batch", lambda e: e.batch or None, 2)], "sequences", from_zero=True, width=350,
-        height=170,
-    )  # fmt: skip
-    speed = Chart(
-        "Router bias speed", [_series(record, "bias speed", lambda e: e.bias_speed, 3)], from_zero=True, width=350,
-        height=170,
-    )  # fmt: skip
-    return row(draw(lr), draw(batch), draw(speed))
+    found = [
+        ("Learning rate", "", _series(record, "lr", lambda e: e.lr)),
+        ("Batch", "sequences", _series(record, "batch", lambda e: e.batch or None, 2)),
+        ("Router bias speed", "", _series(record, "bias speed", lambda e: e.bias_speed, 3)),
+    ]
+    if any(event.mtp_lambda is not None for event in record.events):
+        weight = _series(record, "MTP weight", lambda e: e.mtp_lambda, 1)
+        found.append(("Weight of multi-token prediction", "of its loss", weight))
+    width = 350 if len(found) == 3 else 520
+    pictures = [
+        draw(Chart(title, [series], unit, from_zero=True, width=width, height=170)) for title, unit, series in found
+    ]
+    return row(*pictures) if len(found) == 3 else row(*pictures[:2]) + row(*pictures[2:])
 
 
 def gradients(record: RunRecord) -> str:

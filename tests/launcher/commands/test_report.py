@@ -109,12 +109,23 @@ def test_every_part_is_there_and_nothing_is_fetched(run: Path, capsys: pytest.Ca
         "finished", "Against 0.1 TFLOP/s of all ranks together (measured: here)", "mean over 4 of 4 ranks",
         "dualpipe, 2 pipeline ranks, 8 micro-batches, step 1", "spike in step 3: <loss> & norm",
         "40 logged steps. 1 expert had a step without a token, none in the last step.", "layer 1", "MTP 0",
-        "layers.1.mlp.experts.down_proj", "initializer_range",
+        "layers.1.mlp.experts.down_proj", "initializer_range", "Balance loss", "Weight of multi-token prediction",
     ):  # fmt: skip
         assert said in page.text, said
-    assert text.count('class="chart wide') == 5  # losses, time, load by layer, schedule, FP8
+    assert text.count('class="chart wide') == 6  # loss, balance loss, time, load by layer, schedule, FP8
     assert "<loss>" not in text  # what a run says is text, never a tag
-    assert page.tags.count("figure") == text.count("</figure>") >= 17
+    assert page.tags.count("figure") == text.count("</figure>") >= 19
+
+
+def test_the_balance_loss_and_the_weight_of_mtp_are_drawn_as_logged(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", steps=3)
+    drawn = {
+        series["name"]: series["y"]
+        for data in re.findall(r'<script type="application/json">(.*?)</script>', report(tmp_path / "run"))
+        for series in json.loads(data)["series"]
+    }
+    assert [float(y) for y in drawn["balance loss"]] == [1e-3] * 3
+    assert [float(y) for y in drawn["MTP weight"]] == [0.3] * 3
 
 
 def test_an_unfinished_run_and_torn_files(run: Path, tmp_path: Path) -> None:
@@ -149,6 +160,7 @@ def test_a_run_that_has_just_begun_and_an_old_one(tmp_path: Path) -> None:
     header = {"schema": "expertpipe-events", "version": 1}
     (old / "events.jsonl").write_text("\n".join(map(json.dumps, (header, first, first | {"step": 2}))) + "\n")
     text = Page(report(old)).text
+    assert "Balance loss" not in text and "Weight of multi-token prediction" not in text  # it has neither
     assert "This log holds no MFU" in text and "Norms by group were not logged" in text and "MoE 1" in text
 
 
