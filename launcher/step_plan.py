@@ -57,10 +57,10 @@ class StepPlan:
         length = self._lengths[bisect_right(self._lengths, tokens, key=lambda pair: pair[0]) - 1][1]
         return PlannedStep(batch, length, batch // self._samples_per_microbatch)
 
-    def stretches(self, steps: int) -> Iterator[Stretch]:
-        """The first `steps` steps in order, equal ones together."""
+    def stretches(self, steps: int, *, after: int = 0) -> Iterator[Stretch]:
+        """The first `steps` steps in order, equal ones together; those that follow `after` tokens, counted from 1."""
         changes = sorted({level.from_tokens for level in self._levels} | {begin for begin, _ in self._lengths})
-        done, tokens = 0, 0
+        done, tokens = 0, after
         while done < steps:
             step = self.at(tokens)
             number = bisect_right(changes, tokens)
@@ -68,6 +68,10 @@ class StepPlan:
             count = steps - done if left == math.inf else min(steps - done, -(-int(left) // step.tokens))
             yield Stretch(done + 1, count, tokens, step)
             done, tokens = done + count, tokens + count * step.tokens
+
+    def tokens_of(self, steps: int, *, after: int) -> int:
+        """Tokens of the `steps` steps that follow when `after` tokens have been seen."""
+        return sum(stretch.end_tokens - stretch.first_tokens for stretch in self.stretches(steps, after=after))
 
     def steps_to(self, tokens: int) -> int:
         """Steps after which at least `tokens` tokens have been seen."""

@@ -72,7 +72,8 @@ class RunLog:
         event = step_event(self._run, result, seconds, self._peak, warnings)
         self._events.append(event)
         self._recent.append(event)
-        self._display.step(event)
+        left = self._run.config.train.steps - event.step
+        self._display.step(event, tokens_left=self._run.plan.tokens_of(left, after=event.tokens))
         if self._tracker is not None:
             self._tracker.step(event)
 

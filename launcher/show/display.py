@@ -20,7 +20,7 @@ from launcher.record.events import StepEvent
 
 MAX_COLUMNS = 80
 HEADING_EVERY = 20  # lines
-MEDIAN_STEPS = 21  # of the running median of step times: short enough to follow a change, deaf to one slow step
+MEDIAN_STEPS = 21  # of the running median of speeds: short enough to follow a change, deaf to one slow step
 _COLUMNS = (("loss", 7), ("mtp", 7), ("lr", 8), ("grad", 7), ("load", 6), ("tok/s", 7), ("ETA", 8))
 _SUFFIXES = ("", "k", "M", "G", "T", "P")
 
@@ -118,7 +118,7 @@ class Display:
             self._console.width = MAX_COLUMNS
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._seconds: deque[float] = deque(maxlen=MEDIAN_STEPS)
+        self._speeds: deque[float] = deque(maxlen=MEDIAN_STEPS)  # tokens a second
         self._total_steps = 0
         self._lines = 0
 
@@ -143,10 +143,11 @@ class Display:
         self._progress.start()
         self._progress.refresh()
 
-    def step(self, event: StepEvent) -> None:
-        """Show a finished step."""
-        self._seconds.append(event.step_seconds)
-        eta = statistics.median(self._seconds) * (self._total_steps - event.step)
+    def step(self, event: StepEvent, *, tokens_left: int) -> None:
+        """Show a finished step. tokens_left: of the steps to come, which may be larger than those before."""
+        self._speeds.append(event.tokens_per_second)
+        speed = statistics.median(self._speeds)
+        eta = tokens_left / speed if speed > 0 else math.inf
         if self._lines % HEADING_EVERY == 0:
             self._print(Text(heading(self._total_steps), style="dim"))
         self._lines += 1

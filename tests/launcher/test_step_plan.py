@@ -100,6 +100,19 @@ def test_stretches_are_the_steps_one_by_one(ramp: tuple[int, ...], phases: list[
         assert plan.steps_to(expected[number - 1][0] + 1) == number
 
 
+def test_tokens_to_come_are_those_of_a_batch_that_grows() -> None:
+    config = compose(["experiment=demo"])
+    plan, steps = StepPlan(config), config.train.steps
+    seen, found = 0, []
+    for step in range(steps):
+        found.append((steps - step, seen))
+        seen += plan.at(seen).tokens
+    for left, after in found[:: steps // 9]:
+        assert plan.tokens_of(left, after=after) == seen - after
+    assert seen > 1.8 * steps * plan.at(0).tokens  # so the first steps say nothing of the rest
+    assert plan.tokens_of(0, after=seen) == 0
+
+
 def test_tokens_seen_are_the_cursors_where_phases_begin_with_steps() -> None:
     ramp = (Segment("constant", 4, 16 * 4 * 3), Segment("linear", 8, 16 * 30))
     config = small(40, ramp, (DataPhase(16 * 4 * 3, 32), DataPhase(16 * 4 * 3 + 32 * 4 * 2, 8)))

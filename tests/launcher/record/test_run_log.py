@@ -5,19 +5,37 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from launcher.config import RunConfig
+from launcher.config import RunConfig, compose
+from launcher.record import run_log
 from launcher.record.clock import PHASES
 from launcher.record.events import RankEvent, StepEvent, rank_log_path, read, read_header, read_rank
+from launcher.record.run_log import RunLog
 from launcher.record.schema import header_problems, problems
+from launcher.show.display import Display, duration
+from launcher.step_plan import StepPlan
 from tests.distributed import run_distributed
 from tests.launcher.checkpoint.states import prepared
 from tests.launcher.live import live_config
+from tests.launcher.record.test_events import event as made_up
 
 STEPS, LASTED = 6, 3
+
+
+def test_the_time_to_go_counts_the_tokens_of_larger_steps_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """experiment=demo at a constant speed: right from the first step on, though the batch doubles."""
+    config, speed, out = compose(["experiment=demo"]), 3000.0, io.StringIO()
+    plan = StepPlan(config)
+    monkeypatch.setattr(run_log, "step_event", lambda run, *rest: made_up(1, tokens=4096, tokens_per_second=speed))
+    log: Any = RunLog(cast(Any, SimpleNamespace(config=config, plan=plan, process=SimpleNamespace(rank=0))), [])
+    log._events, log._peak, log._display = SimpleNamespace(append=lambda line: None), object(), Display(out)
+    log.step(None, 1.0, [])
+    *_, last = plan.stretches(config.train.steps)
+    assert out.getvalue().split()[-1] == duration((last.end_tokens - 4096) / speed) == "1:05:25"
 
 
 def trained(config: RunConfig, planted: bool) -> tuple[int, str]:

@@ -59,7 +59,7 @@ def test_plain_output_has_no_escapes_and_repeats_its_heading():
     with Display(out) as display:
         display.start(60, header=["expertpipe tiny [demo]"])
         for step in range(1, 41):
-            display.step(event(step))
+            display.step(event(step), tokens_left=1)
         display.note("checkpoint [bold]kept[/bold]")
     lines = out.getvalue().splitlines()
     assert "\x1b" not in out.getvalue()
@@ -69,13 +69,21 @@ def test_plain_output_has_no_escapes_and_repeats_its_heading():
     assert len(lines) == 1 + 2 + 40 + 1
 
 
-def test_eta_is_the_running_median_deaf_to_a_slow_step():
+def test_eta_is_by_the_running_median_deaf_to_a_slow_step():
     out = io.StringIO()
     with Display(out) as display:
         display.start(100, first_step=11)
-        for step, seconds in ((11, 90.0), (12, 1.0), (13, 1.0)):
-            display.step(event(step, step_seconds=seconds))
+        for step, speed in ((11, 10.0), (12, 1000.0), (13, 1000.0)):
+            display.step(event(step, tokens_per_second=speed), tokens_left=87_000)
     assert out.getvalue().split()[-1] == "1:27"
+
+
+def test_no_speed_is_no_eta():
+    out = io.StringIO()
+    with Display(out) as display:
+        display.start(2)
+        display.step(event(1, tokens_per_second=0.0), tokens_left=4096)
+    assert out.getvalue().split()[-1] == "-"
 
 
 def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
@@ -85,9 +93,9 @@ def test_a_terminal_gets_a_bar_and_its_cursor_back(monkeypatch):
     out = io.StringIO()
     display = Display(out, live=True)
     display.start(300, first_step=120)
-    display.step(event(120))
+    display.step(event(120), tokens_left=4096)
     display.note("checkpoint")
-    display.step(event(121, loss=math.nan))
+    display.step(event(121, loss=math.nan), tokens_left=0)
     display.close()
     display.close()
     text = out.getvalue()
