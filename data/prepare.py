@@ -11,13 +11,13 @@ import filecmp
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.corpus import SOURCES, Document, SourceInfo, collect
 from data.draws import is_heldout
 from data.encode import Recipe
-from data.ingest import TEXT_FOLDER, TOKENIZER_FILE, Report, ingest
+from data.ingest import TEXT_FOLDER, TOKENIZER_FILE, Report, ingest, require_possible
 from data.inputs import PrepareError, Reject, Source
 from data.tokenizer_file import load_tokenizer
 from data.tokenizer_training import MIN_VOCAB_SIZE, TOKENIZER_SAMPLE_BYTES, train_tokenizer
@@ -35,6 +35,7 @@ class Prepared:
     tokenizer_path: Path
     train: Manifest
     heldout: Manifest
+    rejects_path: Path
     rebuilt: bool
 
 
@@ -48,20 +49,27 @@ def prepare(
     out_dir: str | Path,
     vocab_size: int,
     heldout_fraction: float = 0.02,
+    fim_rate: float = 0.0,
+    split_rate: float = 0.0,
+    seed: int = 0,
     progress: Callable[[str], None] = _silent,
     cache_dir: str | Path | None = None,
 ) -> Prepared:
     """Tokenises a named corpus (data/corpus.py) or given documents into `out_dir`; does nothing if that is done.
 
     vocab_size: upper limit; a small corpus may give fewer, see the manifest. heldout_fraction: chance of a document to
-    be held out, decided by its content alone. progress: called with one line of text now and then. cache_dir: for
+    be held out, decided by its content alone. fim_rate, split_rate, seed: see data.encode.Recipe; the tokenizer made
+    here has the markers, but no token to split. progress: called with one line of text now and then. cache_dir: for
     fetched corpora. A killed call leaves no manifest; the same call continues it.
-    Raises PrepareError for arguments or too few documents, CorpusError for a source that cannot be had.
+    Raises PrepareError or InputError for arguments or too few documents, TokenizerError for a split_rate above 0,
+    CorpusError for a source that cannot be had.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise PrepareError(f"vocab_size is {vocab_size}, 256 bytes and the special tokens need {MIN_VOCAB_SIZE}")
     if not 0 < heldout_fraction < 1:
         raise PrepareError(f"heldout_fraction is {heldout_fraction}, it must lie between 0 and 1")
+    recipe = Recipe("", heldout_fraction=heldout_fraction, fim_rate=fim_rate, split_rate=split_rate, seed=seed)
+    require_possible(recipe)  # before a tokenizer is trained for it
     out, rejects = Path(out_dir), list[Reject]()
     found = collect(corpus, cache_dir=cache_dir, rejects=rejects) if isinstance(corpus, str) else corpus
     documents = list(found)
@@ -71,7 +79,7 @@ def prepare(
     done = ingest(
         sources,
         out,
-        Recipe(str(tokenizer), heldout_fraction=heldout_fraction),
+        replace(recipe, tokenizer=str(tokenizer)),
         workers=0,  # the tokenizers package has threads; processes would take longer to start than a corpus to encode
         rejects=rejects,
         on_progress=lambda report: progress(_line(report)),
@@ -83,7 +91,7 @@ def prepare(
     duplicates = done.train.counts["duplicates"]
     progress(f"{duplicates} exact duplicates left out, {aside} files set aside, see {done.rejects_path}")
     names = (str(out / "train"), str(out / "heldout"), out / TOKENIZER_FILE)
-    return Prepared(*names, done.train, done.heldout, done.rebuilt)
+    return Prepared(*names, done.train, done.heldout, done.rejects_path, done.rebuilt)
 
 
 def _line(report: Report) -> str:

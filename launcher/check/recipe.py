@@ -6,10 +6,14 @@ Rules as in launcher/check/run.py: pure functions from the configuration to mess
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.check.layout import check_batch, either
 from launcher.config import RunConfig
 from optim.config import Segment
+
+if TYPE_CHECKING:
+    from data.tokens import Manifest
 
 SEGMENT_SHAPES = ("constant", "linear", "cosine")
 LOCAL_VOCABULARY = 1 << 16  # tokens, at most, of a tokenizer made from a corpus of this machine
@@ -176,11 +180,13 @@ def check_fim(config: RunConfig) -> list[str]:
         return []
     found = []
     for prefix in dict.fromkeys(config.data.prefixes):
-        prepared = float(Manifest.read(prefix).arguments.get("fim_rate", 0.0))
+        manifest = Manifest.read(prefix)
+        prepared, corpus = float(manifest.arguments.get("fim_rate", 0.0)), _corpus_of(manifest)
         if max(rates) > prepared:
+            again = prepare_command(config, prefix, corpus) if corpus else f"--fim-rate {max(rates):g}"
             found.append(
                 f"optim.fim_rate reaches {max(rates):g}, {prefix}.json was prepared with a FIM rate of {prepared:g}: "
-                f"prepare the data with `--fim-rate {max(rates):g}`, or use optim.fim_rate=[] for the prepared rate"
+                f"prepare the data with `{again}`, or use optim.fim_rate=[] for the prepared rate"
             )
     return found
 
@@ -194,12 +200,22 @@ def _is_missing(prefix: str) -> bool:
     return not any(Path(prefix + ending).exists() for ending in (".json", ".idx", ".bin"))
 
 
-def prepare_command(config: RunConfig, prefix: str | None = None) -> str:
-    """The command that prepares data where this run looks for it: a corpus of this machine, or files of the user's."""
+def _corpus_of(manifest: "Manifest") -> str | None:
+    """Which corpus of this machine the data was made from; None for files of the user's."""
+    from data.corpus import corpus_named
+
+    return corpus_named([source.origin for source in manifest.sources])
+
+
+def prepare_command(config: RunConfig, prefix: str | None = None, corpus: str | None = None) -> str:
+    """The command that prepares data where this run looks for it: a corpus of this machine, or files of the user's.
+
+    corpus: None for the one that the folder is named after.
+    """
     folder = Path(prefix or config.data.prefix).parent
-    if config.model.vocab_size <= LOCAL_VOCABULARY:
-        corpus = "full" if folder.name == "full" else "stdlib"
-        return f"expertpipe prepare --corpus {corpus} --vocab-size {config.model.vocab_size} --out {folder}"
     highest = max((segment.value for segment in config.optim.fim_rate), default=0.0)
     turned = f" --fim-rate {highest:g}" if highest else ""
+    if config.model.vocab_size <= LOCAL_VOCABULARY:
+        corpus = corpus or ("full" if folder.name == "full" else "stdlib")
+        return f"expertpipe prepare --corpus {corpus} --vocab-size {config.model.vocab_size} --out {folder}{turned}"
     return f"expertpipe prepare INPUT... --out {folder} --tokenizer deepseek{turned}"

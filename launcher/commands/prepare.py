@@ -5,19 +5,29 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from launcher.config import ConfigError
 from launcher.show.display import MAX_COLUMNS, duration, with_suffix
 
 if TYPE_CHECKING:
     from data.ingest import Ingested, Report
+    from data.prepare import Prepared
 
+VOCAB_SIZE = 4096  # of a tokenizer that is made here, unless --vocab-size says another
+_RECIPE = ("heldout_fraction", "fim_rate", "split_rate", "seed")  # what is done to documents, wherever they come from
+_TAKEN: Mapping[str, tuple[str, ...]] = {
+    "inputs": ("inputs", "out", "tokenizer", "text_key", *_RECIPE, "workers", "shard_tokens", "licence", "json"),
+    "corpus": ("out", "corpus", "vocab_size", *_RECIPE, "json"),
+    "verify": ("verify",),
+}
+_WHERE_ELSE = {"inputs": "only without INPUT", "corpus": "only with INPUT", "verify": "not with --verify"}
 _STAGES = {"encode": "tokenising", "deduplicate": "looking for duplicates", "write": "writing"}
 _LINE_EVERY_SECONDS = 10.0  # between lines of one stage where there is no terminal
 
@@ -97,38 +107,75 @@ class PrepareDisplay:
 def prepare_command(argv: Sequence[str]) -> int:
     """Runs `expertpipe prepare` with its arguments; the exit code."""
     args = _parse(argv)
-    if args.verify is not None:
-        return _verify(args.verify)
-    if not args.inputs:
-        from data.prepare import prepare
+    way = "verify" if args.verify is not None else "inputs" if args.inputs else "corpus"
+    errors = [*_misplaced(args, way), *_missing(args, way)]
+    if errors:
+        raise ConfigError(errors)
+    return {"verify": _verify, "inputs": _from_inputs, "corpus": _from_corpus}[way](args)
 
-        out = args.out or Path("runs/data") / args.corpus
-        prepare(corpus=args.corpus, out_dir=out, vocab_size=args.vocab_size, progress=print)
-        return 0
+
+def _misplaced(args: Namespace, way: str) -> list[str]:
+    """What was given and would not be read: one message that names all of it."""
+    known = dict.fromkeys(name for names in _TAKEN.values() for name in names)
+    wrong = [name for name in known if name not in _TAKEN[way] and _is_given(getattr(args, name))]
+    return [f"{_and(wrong)}: {_WHERE_ELSE[way]}"] if wrong else []
+
+
+def _is_given(value: object) -> bool:
+    return not (value is None or value is False or value == [])  # a 0 was given
+
+
+def _missing(args: Namespace, way: str) -> list[str]:
+    missing = [name for name in ("out", "tokenizer") if way == "inputs" and getattr(args, name) is None]
+    hint = "needed with INPUT; --tokenizer takes a tokenizer.json or `deepseek`"
+    return [f"{_and(missing)}: {hint}"] if missing else []
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join("INPUT" if name == "inputs" else f"--{name.replace('_', '-')}" for name in names)
+
+
+def _given(args: Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those that were given; the others keep the default of whoever is called."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _from_corpus(args: Namespace) -> int:
+    from data.prepare import prepare
+
+    corpus = args.corpus or "stdlib"
+    done = prepare(
+        corpus=corpus,
+        out_dir=args.out or Path("runs/data") / corpus,
+        vocab_size=VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
+        progress=_to_stderr if args.json else print,
+        **_given(args, _RECIPE),
+    )
+    if args.json:
+        print(_as_json(done, Path(done.train_prefix).parent))
+    return 0
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _from_inputs(args: Namespace) -> int:
     from data.encode import Recipe
     from data.ingest import ingest
-    from data.tokenizer_file import TokenizerError, find_tokenizer
+    from data.tokenizer_file import find_tokenizer
 
-    missing = [f"--{name}" for name in ("out", "tokenizer") if getattr(args, name) is None]
-    if missing:
-        raise TokenizerError(
-            f"{' and '.join(missing)}: needed with INPUT; --tokenizer takes a tokenizer.json or `deepseek`"
-        )
-    recipe = Recipe(
-        tokenizer=str(find_tokenizer(args.tokenizer)),
-        text_key=args.text_key,
-        heldout_fraction=args.heldout_fraction,
-        fim_rate=args.fim_rate,
-        split_rate=args.split_rate,
-        seed=args.seed,
-    )
+    recipe = Recipe(tokenizer=str(find_tokenizer(args.tokenizer)), **_given(args, ("text_key", *_RECIPE)))
     workers = args.workers if args.workers is not None else len(os.sched_getaffinity(0))
     with PrepareDisplay(sys.stderr if args.json else None) as display:
         done = ingest(
-            args.inputs, args.out, recipe, workers=workers, licence=args.licence, shard_tokens=args.shard_tokens,
-            on_progress=display.report,
+            args.inputs, args.out, recipe, workers=workers, on_progress=display.report,
+            **_given(args, ("licence", "shard_tokens")),
         )  # fmt: skip
-    _tell(done, args)
+    if args.json:
+        print(_as_json(done, args.out))
+    else:
+        _tell(done, args.out)
     return 0
 
 
@@ -141,66 +188,71 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files and folders, in this order")
     parser.add_argument("--out", type=Path, help="folder to write to (without INPUT: runs/data/CORPUS)")
     parser.add_argument("--tokenizer", help="a tokenizers file (tokenizer.json), or `deepseek` for DeepSeek-V3's")
-    parser.add_argument("--text-key", default="text", help="JSON key or parquet column of the text (default text)")
+    parser.add_argument("--text-key", help="JSON key or parquet column of the text (default text)")
     parser.add_argument(
-        "--heldout-fraction", type=float, default=0.01, help="chance of a document, by its hash (default 0.01)"
-    )
-    parser.add_argument("--fim-rate", type=float, default=0.0, help="documents turned to fill in the middle")
-    parser.add_argument("--split-rate", type=float, default=0.0, help="tokens of punctuation and line breaks split")
-    parser.add_argument("--seed", type=int, default=0, help="of turning and splitting")
+        "--heldout-fraction", type=float,
+        help="chance of a document, by its hash (default 0.01; without INPUT 0.02)",
+    )  # fmt: skip
+    parser.add_argument("--fim-rate", type=float, help="documents turned to fill in the middle (default 0)")
+    parser.add_argument("--split-rate", type=float, help="tokens of punctuation and line breaks split (default 0)")
+    parser.add_argument("--seed", type=int, help="of turning and splitting (default 0)")
     parser.add_argument("--workers", type=int, help="processes (default: the cores this process may use)")
-    parser.add_argument("--shard-tokens", type=int, default=8_000_000_000, help="tokens a file (default 8e9)")
-    parser.add_argument("--licence", default="not stated", help="terms of the inputs, for the manifest")
+    parser.add_argument("--shard-tokens", type=int, help="tokens a file (default 8e9)")
+    parser.add_argument("--licence", help="terms of the inputs, for the manifest")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     parser.add_argument("--verify", metavar="PREFIX", help="read every byte of PREFIX's files against its manifest")
-    parser.add_argument("--corpus", choices=("stdlib", "full"), default="stdlib", help="stdlib: Python's own library")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer made without INPUT")
+    parser.add_argument(
+        "--corpus", choices=("stdlib", "full"), help="without INPUT; stdlib (default): Python's own library"
+    )
+    parser.add_argument("--vocab-size", type=int, help=f"of the tokenizer made without INPUT (default {VOCAB_SIZE})")
     return parser.parse_intermixed_args(argv)
 
 
-def _verify(prefix: str) -> int:
+def _verify(args: Namespace) -> int:
     from data.tokens import TokenFileError, accept
 
-    problems = accept(prefix)
+    problems = accept(args.verify)
     if problems:
         error = TokenFileError("\n".join(problems))
         error.errors = problems  # type: ignore[attr-defined]
         raise error
-    print(f"{prefix}: every file is as its manifest says")
+    print(f"{args.verify}: every file is as its manifest says")
     return 0
 
 
-def _tell(done: "Ingested", args: Namespace) -> None:
-    rejected = {
-        key.removeprefix("rejected: "): value
-        for key, value in done.train.counts.items()
-        if key.startswith("rejected: ")
+def _as_json(done: "Ingested | Prepared", out: Path) -> str:
+    result = {
+        "train": str(out / "train"),
+        "heldout": str(out / "heldout") if done.heldout else None,
+        "tokens": done.train.num_tokens,
+        "documents": done.train.num_documents,
+        "heldout_documents": done.heldout.num_documents if done.heldout else 0,
+        "duplicates": done.train.counts["duplicates"],
+        "rejected": _rejected(done),
+        "rejects_file": str(done.rejects_path),
+        "rebuilt": done.rebuilt,
     }
-    if args.json:
-        result = {
-            "train": str(args.out / "train"),
-            "heldout": str(args.out / "heldout") if done.heldout else None,
-            "tokens": done.train.num_tokens,
-            "documents": done.train.num_documents,
-            "heldout_documents": done.heldout.num_documents if done.heldout else 0,
-            "duplicates": done.train.counts["duplicates"],
-            "rejected": rejected,
-            "rejects_file": str(done.rejects_path),
-            "rebuilt": done.rebuilt,
-        }
-        print(json.dumps(result))
-        return
+    return json.dumps(result)
+
+
+def _rejected(done: "Ingested | Prepared") -> dict[str, int]:
+    """Documents set aside, by reason."""
+    mark = "rejected: "
+    return {key.removeprefix(mark): value for key, value in done.train.counts.items() if key.startswith(mark)}
+
+
+def _tell(done: "Ingested", out: Path) -> None:
     if not done.rebuilt:
-        print(f"{args.out}: complete, made from the same inputs and arguments; nothing to do")
-    counts = done.train.counts
+        print(f"{out}: complete, made from the same inputs and arguments; nothing to do")
+    counts, rejected = done.train.counts, _rejected(done)
     bytes_per_token = done.train.text_bytes / done.train.num_tokens
     print(
-        f"{args.out / 'train'}: {done.train.num_documents:,} documents, {done.train.num_tokens:,} tokens, "
+        f"{out / 'train'}: {done.train.num_documents:,} documents, {done.train.num_tokens:,} tokens, "
         f"{bytes_per_token:.2f} bytes a token"
     )
     print(f"  {counts['duplicates']:,} exact duplicates left out, {counts['turned']:,} documents turned")
     if done.heldout:
-        print(f"{args.out / 'heldout'}: {done.heldout.num_documents:,} documents, {done.heldout.num_tokens:,} tokens")
+        print(f"{out / 'heldout'}: {done.heldout.num_documents:,} documents, {done.heldout.num_tokens:,} tokens")
     if rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
         print(f"{done.rejects_path}: {sum(rejected.values()):,} set aside: {reasons}")

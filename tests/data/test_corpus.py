@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus import CORPORA, SOURCES, CorpusError, collect
+from data.corpus import CORPORA, SOURCES, CorpusError, collect, corpus_named
 from data.inputs import Reject
 
 
@@ -58,6 +58,12 @@ def test_real_stdlib():
 
 def test_every_source_is_described():
     assert {source for sources in CORPORA.values() for source in sources} == set(SOURCES)
+
+
+def test_a_corpus_is_known_by_its_origins():
+    for name, sources in CORPORA.items():
+        assert corpus_named([SOURCES[source].origin for source in sources]) == name
+    assert corpus_named(["crawl.jsonl"]) is None and corpus_named([]) is None
 
 
 def fill_cache(cache: Path) -> None:

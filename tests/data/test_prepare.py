@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.corpus import SOURCES, Document
-from data.inputs import PrepareError
+from data.inputs import InputError, PrepareError
 from data.prepare import prepare, texts
-from data.tokenizer_file import load_tokenizer
+from data.stream import TokenStream
+from data.tokenizer_file import TokenizerError, load_tokenizer
 from data.tokenizer_training import END_OF_SENTENCE, SPECIAL_TOKENS, train_tokenizer
 from data.tokens import TokenFile, TokenFileError, problems
 
@@ -86,7 +87,10 @@ def test_same_input_same_bytes(tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 280}, {"heldout_fraction": 0.3}, {"documents": corpus(121)}])
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size": 280}, {"heldout_fraction": 0.3}, {"documents": corpus(121)}, {"fim_rate": 0.5}, {"seed": 1}],
+)
 def test_other_input_is_prepared_again(tmp_path, change):
     run(tmp_path / "out")
     again, _ = run(tmp_path / "out", **change)
@@ -119,6 +123,15 @@ def test_interrupted_run_is_redone(tmp_path):
     assert not list((tmp_path / "out").glob("*tmp*"))
     again, _ = run(tmp_path / "out", corpus(121))
     assert again.rebuilt and again.train.num_documents + again.heldout.num_documents == 121
+
+
+def test_turned_as_asked(tmp_path):
+    result, _ = run(tmp_path / "out", fim_rate=0.5, seed=3)
+    prepared = TokenStream(result.train_prefix).prepared
+    assert prepared is not None and (prepared.rate, prepared.seed) == (0.5, 3)
+    assert 20 < result.train.counts["turned"] < 80 and result.heldout.counts["turned"] == 0
+    with pytest.raises(TokenizerError, match="no token joins punctuation and line breaks"):
+        run(tmp_path / "out", split_rate=0.5)
 
 
 def test_split_depends_on_the_content_alone(tmp_path, done):
@@ -161,13 +174,14 @@ def test_sources_keep_their_terms(tmp_path):
     [
         ({"vocab_size": 261}, "need 262"),
         ({"heldout_fraction": 0.0}, "between 0 and 1"),
+        ({"fim_rate": 1.5, "split_rate": -1}, "fim_rate is 1.5"),
         ({"heldout_fraction": 1e-9}, "fell into the heldout set"),
         ({"documents": []}, "fell into the train set"),
         ({"documents": [Document("s", "a.txt", "")]}, "no document of 1 fell into the train set"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, change, message):
-    with pytest.raises(PrepareError, match=message):
+    with pytest.raises((PrepareError, InputError), match=message):
         run(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 

@@ -1,14 +1,18 @@
 import io
 import json
 import re
+import sysconfig
 
 import pytest
 
 from data.ingest import Report
+from data.stream import TokenStream
 from data.tokenizer_training import train_tokenizer
-from data.tokens import TokenFile
+from data.tokens import Manifest, TokenFile
 from launcher.__main__ import main
+from launcher.check.recipe import check_data
 from launcher.commands.prepare import PrepareDisplay
+from launcher.config import compose
 
 
 @pytest.fixture
@@ -42,12 +46,82 @@ def test_workers_default_to_processes(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["x.jsonl"], "--out and --tokenizer: needed with INPUT"),
     (["x.jsonl", "--out", "o", "--tokenizer", "none.json"], "none.json: no such file"),
+    (
+        ["--tokenizer", "t.json", "--text-key", "t", "--workers", "0", "--shard-tokens", "9", "--licence", "MIT"],
+        "--tokenizer and --text-key and --workers and --shard-tokens and --licence: only with INPUT",
+    ),
+    (
+        ["x.jsonl", "--out", "o", "--tokenizer", "t.json", "--corpus", "stdlib", "--vocab-size", "300"],
+        "--corpus and --vocab-size: only without INPUT",
+    ),
+    (["x.jsonl", "--verify", "a/train", "--seed", "0"], "INPUT and --seed: not with --verify"),
+    (["--fim-rate", "2", "--seed", "0"], "fim_rate is 2.0: it must lie in [0, 1]"),
     (["--verify", "nowhere/train"], "nowhere/train.json: No such file"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(argv, message, capsys):
     assert main(["prepare", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_misplaced_and_missing_arguments_are_named_together(capsys):
+    assert main(["prepare", "x.jsonl", "--vocab-size", "300"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.fixture
+def small_stdlib(tmp_path, monkeypatch):
+    """A few files in the place of the standard library."""
+    (tmp_path / "lib").mkdir()
+    for number in range(60):
+        (tmp_path / "lib" / f"m{number}.py").write_text(f"def f{number}(x):\n    return x * {number * number}\n" * 3)
+    real = sysconfig.get_path
+    monkeypatch.setattr(
+        sysconfig, "get_path", lambda name, *rest: str(tmp_path / "lib" if name == "stdlib" else real(name, *rest))
+    )
+    return ["prepare", "--corpus", "stdlib", "--vocab-size", "300", "--out", str(tmp_path / "out")]
+
+
+HELD_OUT = ["--heldout-fraction", "0.2"]
+
+
+def test_a_corpus_is_turned_and_held_out_as_asked(small_stdlib, tmp_path, capsys):
+    def arguments(*more: str) -> dict:
+        assert main([*small_stdlib, *HELD_OUT, *more]) == 0
+        return dict(Manifest.read(tmp_path / "out" / "train").arguments)
+
+    arguments()
+    capsys.readouterr()
+    found = arguments("--fim-rate", "0.5", "--seed", "7")
+    assert "nothing to do" not in capsys.readouterr().out  # other arguments are other data
+    assert (found["fim_rate"], found["heldout_fraction"], found["seed"]) == (0.5, 0.2, 7)
+    assert Manifest.read(tmp_path / "out" / "train").counts["turned"] > 5
+    prepared = TokenStream(tmp_path / "out" / "train").prepared
+    assert prepared is not None and prepared.rate == 0.5
+    assert main([*small_stdlib, *HELD_OUT, "--split-rate", "0.5"]) == 2  # refused aloud, not dropped
+    assert "set the split rate to 0" in capsys.readouterr().err
+
+
+def test_json_of_a_corpus(small_stdlib, tmp_path, capsys):
+    for rebuilt in (True, False):
+        assert main([*small_stdlib, *HELD_OUT, "--json"]) == 0
+        out, err = capsys.readouterr()
+        result = json.loads(out)
+        assert result["rebuilt"] is rebuilt and result["documents"] + result["heldout_documents"] == 60
+        assert result["train"] == str(tmp_path / "out" / "train") and "exact duplicates" in err
+
+
+def test_a_run_that_asks_for_more_turning_names_a_command_that_works(small_stdlib, tmp_path):
+    run = [
+        "experiment=tiny", "train.device=cpu", "model.vocab_size=300", f"data.prefix={tmp_path}/out/train",
+        "optim.fim_rate=[{shape: constant, value: 0.1}]", "data.sequence_length=32",
+    ]  # fmt: skip
+    assert main([*small_stdlib, *HELD_OUT]) == 0
+    (message,) = check_data(compose(run))
+    command = message.split("`")[1].split()
+    assert command == ["expertpipe", *small_stdlib, "--fim-rate", "0.1"]
+    assert main([*command[1:], *HELD_OUT]) == 0
+    assert check_data(compose(run)) == []
 
 
 def test_all_mistakes_of_the_inputs_are_named(inputs, tmp_path, capsys):
