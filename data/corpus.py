@@ -34,6 +34,8 @@ _STDLIB_SKIPPED = frozenset(
 class CorpusError(ValueError):
     """A corpus is unknown, or one of its sources is not on this machine and cannot be fetched."""
 
+    user_error = True
+
 
 @dataclass(frozen=True)
 class Document:

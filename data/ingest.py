@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from data.assemble import Shard, ShardResult, mark_duplicates, plan_shards, write_shard
 from data.encode import Encoder, Recipe, UnitResult, encode_unit, finished
 from data.index import TokenFileError, sha256_file, sibling
-from data.inputs import InputError, Plan, PrepareError, Reject, Source, plan, reject_json
+from data.inputs import InputError, Plan, PrepareError, Reject, Source, named_os_errors, plan, reject_json
 from data.tokens import FileRecord, Manifest, SourceRecord, accept, file_problems
 
 RECIPE_VERSION = 2  # counts up whenever the same recipe would give other files
@@ -89,37 +89,41 @@ def ingest(
 
     workers: processes; 0: this one. licence: of the inputs that say nothing of themselves. rejects: what was set aside
     before. Raises InputError, TokenizerError or PrepareError with what cannot work before
-    anything is read, and PrepareError if a worker dies or nothing is left to train on.
+    anything is read, and PrepareError if a worker dies, the system refuses a file or nothing is left to train on.
     """
     require_possible(recipe, shard_tokens=shard_tokens, workers=workers)
     out = Path(out_dir)
-    made = Encoder(recipe)
     sources = tuple(
         found if isinstance(found, Source) else Source(str(found), Path(found).name, licence, str(found))
         for found in inputs
     )
-    planned = plan([source.path for source in sources], text_key=recipe.text_key)
-    planned = replace(planned, rejects=(*rejects, *planned.rejects))
-    own = (out / TEXT_FOLDER).resolve()
-    paths = [Path(state.path).resolve() for state in planned.files]
-    if any(path.is_relative_to(out.resolve()) and not path.is_relative_to(own) for path in paths):
-        raise PrepareError(f"{out}: the output folder holds inputs; choose another one")
-    arguments = _arguments(recipe, made, planned, shard_tokens, sources)
-    job = _Job(recipe, made, planned, sources, out, out / ".work", arguments, workers, on_progress)
-    complete = _complete(job)
-    if complete is not None:
-        return complete
+    with named_os_errors(out):
+        made = Encoder(recipe)
+        planned = plan([source.path for source in sources], text_key=recipe.text_key)
+        planned = replace(planned, rejects=(*rejects, *planned.rejects))
+        own = (out / TEXT_FOLDER).resolve()
+        paths = [Path(state.path).resolve() for state in planned.files]
+        if any(path.is_relative_to(out.resolve()) and not path.is_relative_to(own) for path in paths):
+            raise PrepareError(f"{out}: the output folder holds inputs; choose another one")
+        arguments = _arguments(recipe, made, planned, shard_tokens, sources)
+        job = _Job(recipe, made, planned, sources, out, out / ".work", arguments, workers, on_progress)
+        return _complete(job) or _make(job)
+
+
+def _make(job: _Job) -> Ingested:
+    """Everything from the plan to the manifests."""
+    out, num_units = job.out, len(job.plan.units)
     _open_work(job)
     results = _encode(job)
     reasons = _rejects(job, results)
     if not any(result.documents for result in results):
-        names = ", ".join(source.path for source in sources)
+        names = ", ".join(source.path for source in job.sources)
         raise PrepareError(f"no document in {names}: {len(reasons)} rejects, see {out / REJECTS_FILE}")
-    on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(reasons)))
-    duplicates = mark_duplicates(job.work, len(planned.units))
-    shards = plan_shards(job.work, len(planned.units), shard_tokens)
+    job.on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(reasons)))
+    duplicates = mark_duplicates(job.work, num_units)
+    shards = plan_shards(job.work, num_units, job.arguments["shard_tokens"])
     if shards[0].set_name != "train":
-        raise PrepareError(f"every document was held out; heldout_fraction is {recipe.heldout_fraction}")
+        raise PrepareError(f"every document was held out; heldout_fraction is {job.recipe.heldout_fraction}")
     written = _write(job, shards)
     counts = {"documents_read": sum(result.documents for result in results), "duplicates": duplicates}
     counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(reasons).items())}
@@ -307,7 +311,8 @@ def _write(job: _Job, shards: Sequence[Shard]) -> list[ShardResult]:
 
 def _copy_tokenizer(job: _Job) -> None:
     temporary = job.out / f"{TOKENIZER_FILE}.tmp-{os.getpid()}"
-    shutil.copyfile(job.recipe.tokenizer, temporary)
+    # not shutil.copyfile, which would say of a full disk that the tokenizer read is too large
+    temporary.write_bytes(Path(job.recipe.tokenizer).read_bytes())
     os.replace(temporary, job.out / TOKENIZER_FILE)
 
 

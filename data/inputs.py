@@ -10,11 +10,12 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+_NO_PYARROW = "parquet needs pyarrow, which is not installed; run `pip install 'expertpipe[data]'`"
 JSON_LINES = (".jsonl", ".ndjson")
 _BOM = b"\xef\xbb\xbf"
 _EXCERPT = 120  # bytes of a reject that are kept to recognise it
@@ -36,6 +37,21 @@ class PrepareError(ValueError):
     """What was read cannot give the token files that are asked for."""
 
     user_error = True
+
+
+@contextmanager
+def named_os_errors(path: str | Path) -> Iterator[None]:
+    """Turns what the system refuses inside the block into a PrepareError that names its file, or `path` if it has none.
+
+    Writing to a full disk is one that names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = path if error.filename is None else error.filename
+        raise PrepareError(
+            f"{where}: {error.strerror or error}; when that is put right, the same command continues"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -115,11 +131,15 @@ class Plan:
 def plan(inputs: Sequence[str | Path], *, text_key: str) -> Plan:
     """The units of files and folders, in the order given, folders sorted.
 
-    Raises InputError with all that cannot be read: missing paths, parquet files without the column, zstd.
+    Raises InputError with all that cannot be read: missing paths, files and folders that may not be read, parquet files
+    without the column, zstd.
     """
     errors: list[str] = []
     rejects: list[Reject] = []
     found = [(number, path) for number, root in enumerate(inputs) for path in _files(Path(root), errors, rejects)]
+    closed = [path for _, path in found if not os.access(path, os.R_OK)]
+    if closed:
+        raise InputError([*errors, *(f"{path}: may not be read (permission denied)" for path in closed)])
     states = []
     for _, path in found:
         status = path.stat()
@@ -143,7 +163,9 @@ def _files(root: Path, errors: list[str], rejects: list[Reject]) -> Iterator[Pat
     if not root.is_dir():
         errors.append(f"{root}: no such file or folder")
         return
-    for folder, subfolders, names in os.walk(root, followlinks=False):
+    for folder, subfolders, names in os.walk(
+        root, followlinks=False, onerror=lambda error: errors.append(f"{error.filename}: {error.strerror}")
+    ):
         subfolders.sort()
         for name in [name for name in subfolders if name.startswith(".") or Path(folder, name).is_symlink()]:
             subfolders.remove(name)
@@ -192,14 +214,18 @@ def _joined(units: Sequence[Unit], unit_bytes: int) -> Iterator[Unit]:
 
 
 def read(unit: Unit, *, text_key: str, count_line: Callable[[], None]) -> Iterator[Item]:
-    """The documents and rejects of one unit, in order; count_line is called for every line of a JSON-lines unit."""
-    if unit.kind == "parquet":
-        yield from _read_parquet(unit, text_key)
-    elif unit.kind == "text":
-        for path in unit.paths:
-            yield text_or_reject(Path(path).read_bytes(), path, 0, 0)
-    else:
-        yield from _read_lines(unit, text_key, count_line)
+    """The documents and rejects of one unit, in order; count_line is called for every line of a JSON-lines unit.
+
+    Raises PrepareError for a file that the system will not give.
+    """
+    for path in unit.paths:  # several of a text unit alone
+        with named_os_errors(path):
+            if unit.kind == "parquet":
+                yield from _read_parquet(unit, text_key)
+            elif unit.kind == "text":
+                yield text_or_reject(Path(path).read_bytes(), path, 0, 0)
+            else:
+                yield from _read_lines(unit, text_key, count_line)
 
 
 def text_or_reject(raw: bytes, file: str, line: int, offset: int | None) -> Item:
@@ -229,7 +255,7 @@ def _read_lines(unit: Unit, key: str, count_line: Callable[[], None]) -> Iterato
         while unit.kind == "jsonl.gz" or offset < unit.end:
             try:
                 raw = stream.readline()
-            except (OSError, EOFError, zlib.error) as error:
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 yield _reject(file, line + 1, None, "damaged gzip", f"{error}: nothing after this was read", b"")
                 return
             if not raw:
@@ -263,30 +289,38 @@ def _json_document(raw: bytes, file: str, line: int, offset: int, key: str) -> I
         return _reject(file, line, offset, "invalid Unicode", detail, raw)
 
 
-def _parquet() -> Any:
+def _pyarrow(path: str | Path) -> Any:
+    """The package, its parquet module loaded; InputError if it is not installed."""
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(["parquet: pyarrow is not installed; run `pip install 'expertpipe[data]'`"]) from error
-    return pyarrow.parquet
+        raise InputError([f"{path}: {_NO_PYARROW}"]) from error
+    return pyarrow
 
 
 def _parquet_units(path: Path, source: int, key: str, errors: list[str]) -> list[Unit]:
-    import pyarrow
-
+    if any(_NO_PYARROW in error for error in errors):
+        return []  # said once, with the first of them
     try:
-        with _parquet().ParquetFile(path) as file:
+        arrow = _pyarrow(path)
+    except InputError as error:
+        errors += error.errors
+        return []
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-    except (pyarrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         errors.append(f"{path}: no parquet file ({str(error).splitlines()[0]})")
         return []
     if key not in schema.names:
         errors.append(f"{path}: no column {key!r}, there are {', '.join(schema.names)}; give --text-key")
         return []
-    if not (pyarrow.types.is_string(schema.field(key).type) or pyarrow.types.is_large_string(schema.field(key).type)):
-        errors.append(f"{path}: column {key!r} is {schema.field(key).type}, not text; give --text-key")
+    kind = schema.field(key).type
+    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+        errors.append(f"{path}: column {key!r} is {kind}, not text; give --text-key")
         return []
     first, units = 0, []
     for number, (rows, size) in enumerate(sizes):
@@ -297,16 +331,16 @@ def _parquet_units(path: Path, source: int, key: str, errors: list[str]) -> list
 
 def _read_parquet(unit: Unit, key: str) -> Iterator[Item]:
     """Row group `unit.begin`; `unit.end` rows come before it."""
-    import pyarrow
-
     file = unit.paths[0]
-    row = unit.end
+    row, arrow = unit.end, _pyarrow(file)
     try:
-        with _parquet().ParquetFile(file) as source:
+        with arrow.parquet.ParquetFile(file) as source:
             table = source.read_row_group(unit.begin, columns=[key])
             # as bytes: one bad string must not take the others of its row group with it
-            values = table.column(0).cast(pyarrow.large_binary()).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+            values = table.column(0).cast(arrow.large_binary()).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # of the system; damage has no number
+            raise
         reason = f"row group {unit.begin}: {str(error).splitlines()[0]}"
         yield _reject(file, row + 1, None, "damaged row group", reason, b"")
         return

@@ -18,7 +18,7 @@ from data.corpus import SOURCES, Document, SourceInfo, collect
 from data.draws import is_heldout
 from data.encode import Recipe
 from data.ingest import TEXT_FOLDER, TOKENIZER_FILE, Report, ingest, require_possible
-from data.inputs import PrepareError, Reject, Source
+from data.inputs import PrepareError, Reject, Source, named_os_errors
 from data.tokenizer_file import load_tokenizer
 from data.tokenizer_training import MIN_VOCAB_SIZE, TOKENIZER_SAMPLE_BYTES, train_tokenizer
 from data.tokens import Manifest, TokenFile, TokenFileError, sha256_file, sibling
@@ -61,8 +61,8 @@ def prepare(
     be held out, decided by its content alone. fim_rate, split_rate, seed: see data.encode.Recipe; the tokenizer made
     here has the markers, but no token to split. progress: called with one line of text now and then. cache_dir: for
     fetched corpora. A killed call leaves no manifest; the same call continues it.
-    Raises PrepareError or InputError for arguments or too few documents, TokenizerError for a split_rate above 0,
-    CorpusError for a source that cannot be had.
+    Raises PrepareError or InputError for arguments, too few documents and what the system refuses, TokenizerError for
+    a split_rate above 0, CorpusError for a source that cannot be had.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise PrepareError(f"vocab_size is {vocab_size}, 256 bytes and the special tokens need {MIN_VOCAB_SIZE}")
@@ -71,11 +71,12 @@ def prepare(
     recipe = Recipe("", heldout_fraction=heldout_fraction, fim_rate=fim_rate, split_rate=split_rate, seed=seed)
     require_possible(recipe)  # before a tokenizer is trained for it
     out, rejects = Path(out_dir), list[Reject]()
-    found = collect(corpus, cache_dir=cache_dir, rejects=rejects) if isinstance(corpus, str) else corpus
-    documents = list(found)
-    training = _training_part(documents, heldout_fraction)
-    sources = _write_text(documents, out / TEXT_FOLDER)
-    tokenizer = _tokenizer(training, sources, vocab_size, heldout_fraction, progress)
+    with named_os_errors(out):
+        found = collect(corpus, cache_dir=cache_dir, rejects=rejects) if isinstance(corpus, str) else corpus
+        documents = list(found)
+        training = _training_part(documents, heldout_fraction)
+        sources = _write_text(documents, out / TEXT_FOLDER)
+        tokenizer = _tokenizer(training, sources, vocab_size, heldout_fraction, progress)
     done = ingest(
         sources,
         out,

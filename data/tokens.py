@@ -75,7 +75,9 @@ class TokenWriter:
                 self._finish()
         finally:
             for stream in self._streams.values():
-                stream.close()
+                # a full disk says so again where there is something left to write: an error is under way then
+                with contextlib.suppress(OSError):
+                    stream.close()
             for path in self._temporary.values():
                 path.unlink(missing_ok=True)
 
@@ -363,5 +365,9 @@ def accept(prefix: str | Path) -> list[str]:
     manifest = Manifest.read(prefix)
     found = file_problems(prefix, manifest, hashes=True)
     if not found:
-        os.utime(sibling(prefix, ".json"))
+        path = sibling(prefix, ".json")
+        try:
+            os.utime(path)
+        except OSError as error:
+            found.append(f"{path}: {error.strerror}: every file is as it says, but its time could not be renewed")
     return found

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,34 @@ def test_failed_writer_keeps_the_old_file(tmp_path):
         writer.add(np.array([1]))
         raise RuntimeError
     assert TokenFile(tmp_path / "a").num_tokens == 6
+
+
+def test_a_writer_on_a_full_disk_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match="File too large"),
+            TokenWriter(tmp_path / "a", "uint16", with_ids=True) as writer,
+        ):
+            writer.add(np.arange(400))
+            writer.add(np.arange(40_000))
+            writer.add(np.arange(400))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_whose_time_cannot_be_renewed(tmp_path, monkeypatch):
+    prefix = write(tmp_path / "a")
+    manifest_for(prefix).write(prefix)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    (message,) = accept(prefix)
+    assert message.startswith(f"{prefix}.json: Permission denied: every file is as it says")
 
 
 def patched(offset: int, form: str, *values):

@@ -1,7 +1,12 @@
+import errno
 import io
 import json
+import os
 import re
+import resource
+import sys
 import sysconfig
+from contextlib import contextmanager
 
 import pytest
 
@@ -127,6 +132,95 @@ def test_a_run_that_asks_for_more_turning_names_a_command_that_works(small_stdli
 def test_all_mistakes_of_the_inputs_are_named(inputs, tmp_path, capsys):
     assert main(["prepare", str(tmp_path / "no"), str(tmp_path / "nor"), *inputs[1:]]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def one_line(capsys, argv: list[str]) -> str:
+    """What main says of a mistake: exit code 2, one line, no traceback."""
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and len(err.splitlines()) == 1, err
+    return err
+
+
+def test_parquet_without_pyarrow(inputs, tmp_path, monkeypatch, capsys):
+    for name in "bc":
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    err = one_line(capsys, ["prepare", str(tmp_path / "b.parquet"), str(tmp_path / "c.parquet"), *inputs])
+    assert "b.parquet: parquet needs pyarrow" in err and "pip install 'expertpipe[data]'" in err
+
+
+def test_a_corpus_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "use the corpus 'stdlib'" in one_line(capsys, ["prepare", "--corpus", "full", "--out", str(tmp_path / "o")])
+
+
+def test_inputs_that_may_not_be_read(inputs, tmp_path, monkeypatch, capsys):
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("a.jsonl") and real(path, mode))
+    assert "a.jsonl: may not be read" in one_line(capsys, ["prepare", *inputs, "--workers", "0"])
+
+
+def test_a_folder_that_may_not_be_read(inputs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("open")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    err = one_line(capsys, ["prepare", str(tmp_path / "texts"), *inputs[1:], "--workers", "0"])
+    assert "texts/closed: Permission denied" in err
+
+
+def test_an_input_that_fails_while_it_is_read(inputs, tmp_path, monkeypatch, capsys):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    with monkeypatch.context() as during:
+        during.setattr("data.inputs.open", refuse, raising=False)
+        err = one_line(capsys, ["prepare", *inputs, "--workers", "0"])
+    assert "a.jsonl: Permission denied; when that is put right, the same command continues" in err
+    assert main(["prepare", *inputs, "--workers", "0"]) == 0
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int):
+    """The system refuses to write more to a file, with an error that names none, as a full disk's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(inputs, tmp_path, monkeypatch, capsys):
+    argv = ["prepare", *inputs, "--workers", "0", "--heldout-fraction", "0.2"]
+
+    def full(self, ids, *, name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as during:
+        during.setattr("data.assemble.TokenWriter.add", full)
+        assert f"{tmp_path / 'out'}: No space left on device" in one_line(capsys, argv)
+    for num_bytes in (500, 1500):  # of a shard, of the tokenizer beside it
+        with files_of_at_most(num_bytes):
+            assert f"{tmp_path / 'out'}: File too large" in one_line(capsys, argv)
+    assert not list((tmp_path / "out").glob("*.bin.tmp-*"))
+    assert main(argv) == 0
+    assert main([*argv, "--out", str(tmp_path / "straight")]) == 0
+    for name in ("train.bin", "heldout.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_corpus_on_a_full_disk(small_stdlib, tmp_path, capsys):
+    with files_of_at_most(1500):
+        assert "File too large" in one_line(capsys, [*small_stdlib, *HELD_OUT])
 
 
 def test_verify_reads_every_byte(inputs, tmp_path, capsys):
