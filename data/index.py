@@ -115,6 +115,14 @@ class TokenFile:
             )
         return first, starts
 
+    def first_outside(self, vocab_size: int) -> int | None:
+        """Offset in tokens of the first id outside [0, vocab_size), None if there is none; reads all, in parts."""
+        for begin in range(0, self.num_tokens, CHUNK):
+            part = self.tokens[begin : begin + CHUNK]
+            if part.min() < 0 or part.max() >= vocab_size:
+                return begin + int(np.argmax((part < 0) | (part >= vocab_size)))
+        return None
+
     def _token_offset(self, sequence: int) -> int:
         return (
             self.num_tokens if sequence == self.num_sequences else int(self._offsets_N[sequence]) // self.dtype.itemsize

@@ -25,8 +25,9 @@ class Prepared:
 class TokenStream:
     """The shards of PREFIX.json one after another, or PREFIX.bin/.idx alone where there is no manifest.
 
-    tokens [num_tokens] as if in one file: a reader cannot tell how they are cut into shards. Start-up reads sizes,
-    times and the ends of each index, nothing that grows with the data. Raises TokenFileError with every problem.
+    tokens [num_tokens] as if in one file: a reader cannot tell how they are cut into shards, but by `files`. Start-up
+    reads sizes, times and the ends of each index, nothing that grows with the data. Raises TokenFileError with every
+    problem.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -39,13 +40,13 @@ class TokenStream:
             shards = Shards((), changed) if changed else open_shards(prefix, self.manifest)
         if shards.problems:
             raise TokenFileError("; ".join(shards.problems))
-        self._shards = shards.files
-        self._begins = np.cumsum([0, *(shard.num_tokens for shard in self._shards)]).tolist()
-        self._first_documents = np.cumsum([0, *(shard.num_documents for shard in self._shards)]).tolist()
+        self.files = shards.files
+        self._begins = np.cumsum([0, *(shard.num_tokens for shard in self.files)]).tolist()
+        self._first_documents = np.cumsum([0, *(shard.num_documents for shard in self.files)]).tolist()
         self.num_tokens, self.num_documents = self._begins[-1], self._first_documents[-1]
-        self._tokens = [shard.tokens for shard in self._shards]
+        self._tokens = [shard.tokens for shard in self.files]
         self.prepared = _prepared(self.manifest.arguments) if self.manifest else None
-        self._ids = [_ids(shard) for shard in self._shards] if self.prepared else []
+        self._ids = [_ids(shard) for shard in self.files] if self.prepared else []
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """Fills out [length] with the tokens from offset `start` on, in out's own type."""
@@ -66,7 +67,7 @@ class TokenStream:
         while start < end:
             begin, stop = self._begins[number], min(end, self._begins[number + 1])
             if start < stop:
-                document, part = self._shards[number].documents_at(start - begin, stop - begin)
+                document, part = self.files[number].documents_at(start - begin, stop - begin)
                 first = self._first_documents[number] + document if first < 0 else first
                 # a document never goes on in the next shard, so its end is where the next one begins
                 starts.append((part if stop == end else part[:-1]) + begin)

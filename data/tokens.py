@@ -260,9 +260,8 @@ def _first_beyond(prefix: str | Path, manifest: Manifest, vocab_size: int) -> st
     if sum(record.bytes for record in manifest.files.values()) > VERIFY_BYTES:
         return ""
     for file in open_shards(prefix, manifest).files:
-        beyond = np.flatnonzero(file.tokens >= vocab_size)
-        if len(beyond):
-            at = int(beyond[0])
+        at = file.first_outside(vocab_size)
+        if at is not None:
             return f" (first beyond: {int(file.tokens[at])} at byte {at * file.dtype.itemsize} of {file.prefix}.bin)"
     return ""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.tokens import TokenFile
+from data.stream import TokenStream
 from launcher.build import DTYPES
 from launcher.checkpoint.state import Reader, find
 from model.fp8.apply import apply_fp8
@@ -101,20 +101,26 @@ def token_losses(model: Transformer, normed_BSD: Tensor, targets_BS: Tensor) -> 
 
 
 def heldout_nats(model: Transformer, prefix: str | Path, sequence_length: int, batch_size: int) -> tuple[float, int]:
-    """Mean loss in nats a predicted token over a whole token file, and the number of predicted tokens.
+    """Mean loss in nats a predicted token over a whole set of tokens, in however many files, and their number.
 
     Windows follow one another and share one token, the last target of one being the first input of the next: every
-    token of the file is predicted exactly once but the very first, so the number is the file's tokens less one. The
+    token of the set is predicted exactly once but the very first, so the number is the set's tokens less one. The
     last window may be shorter. Raises InferenceError for a window that does not fit the model, fewer than two tokens
     or an id outside the vocabulary, TokenFileError for damaged files.
     """
-    tokens = TokenFile(prefix).tokens
-    predicted = len(tokens) - 1
+    stream = TokenStream(prefix)
+    predicted = stream.num_tokens - 1
     if predicted < 1:
-        raise InferenceError(f"{prefix}: {len(tokens)} tokens, a loss needs at least 2")
+        raise InferenceError(f"{prefix}: {stream.num_tokens} tokens, a loss needs at least 2")
     vocab_size = model.config.vocab_size
-    if tokens.max() >= vocab_size or tokens.min() < 0:
-        raise InferenceError(f"{prefix}: ids {tokens.min()} to {tokens.max()}, the model's vocab_size is {vocab_size}")
+    for file in stream.files:
+        at = file.first_outside(vocab_size)
+        if at is not None:
+            where = f"{file.prefix}.bin: byte {at * file.dtype.itemsize}"
+            raise InferenceError(
+                f"{where}: id {int(file.tokens[at])}, the model's vocab_size is {vocab_size}: score tokens of the "
+                "run's own tokenizer"
+            )
     total = torch.zeros((), dtype=torch.float64)
     whole = predicted // sequence_length
     starts = [list(range(first, min(first + batch_size, whole))) for first in range(0, whole, batch_size)]
@@ -122,8 +128,9 @@ def heldout_nats(model: Transformer, prefix: str | Path, sequence_length: int, b
     if predicted % sequence_length:
         batches.append([(whole * sequence_length, predicted % sequence_length)])
     for batch in batches:
-        rows = [torch.from_numpy(tokens[start : start + length + 1].astype("int64")) for start, length in batch]
-        window = torch.stack(rows)
+        window = torch.empty(len(batch), batch[0][1] + 1, dtype=torch.int64)
+        for row, (start, _) in zip(window, batch, strict=True):
+            stream.copy(start, row.numpy())
         losses_BS = token_losses(model, normed_states(model, window[:, :-1]), window[:, 1:])
         total += losses_BS.double().sum().cpu()
     return total.item() / predicted, predicted

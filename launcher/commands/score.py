@@ -13,6 +13,7 @@ With --json one object on one line, whose keys are
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 
 from data.baselines import bits_per_byte
+from data.stream import TokenStream
 from data.token_bytes import token_bytes
 from data.tokenizer_file import TokenizerError
-from data.tokens import Manifest, TokenFile, sha256_file, sibling
+from data.tokens import CHUNK, sha256_file, sibling
 from launcher.checkpoint.state import TOKENIZER, Reader, find
 from launcher.inference import default_device, heldout_nats, load_model, normed_states, token_losses
 from model.config import ModelConfig
@@ -49,7 +51,7 @@ def score(
     for ids that do not fit and CheckpointError for a bad checkpoint.
     """
     found = find(checkpoint)
-    if sibling(tokens, ".idx").exists():
+    if any(sibling(tokens, ending).exists() for ending in (".json", ".idx")):  # shards have an .idx each
         return _score_set(found, tokens, logits=logits, as_json=as_json, ema=ema)
     ids_NS = read_ids(tokens)
     check_ids(ids_NS, Reader(found, verify=False).config.model, tokens)
@@ -57,7 +59,8 @@ def score(
     losses_N = score_ids(model, ids_NS, logits)
     num_sequences, sequence_length = ids_NS.shape
     mean, num_tokens = float(losses_N.mean()), num_sequences * (sequence_length - 1)
-    text = _text_of(found, ids_NS[:, 1:])
+    rows = max(1, CHUNK // sequence_length)
+    text = _text_of(found, (ids_NS[first : first + rows, 1:] for first in range(0, num_sequences, rows)))
     if as_json:
         result = {"losses": losses_N.tolist(), "mean": mean} | text.fields(mean, num_tokens)
         result |= {"num_sequences": num_sequences, "sequence_length": sequence_length}
@@ -90,7 +93,8 @@ class _Text:
         return f"bits a byte: not known, {self.note}" if per_byte is None else f"{per_byte:.4f} bits a byte"
 
 
-def _text_of(checkpoint: Path, ids: np.ndarray) -> _Text:
+def _text_of(checkpoint: Path, parts: Iterable[np.ndarray]) -> _Text:
+    """Of the predicted ids, given part by part."""
     path = checkpoint / TOKENIZER
     if not path.exists():
         return _Text(None, f"no {TOKENIZER} in the checkpoint")
@@ -98,9 +102,11 @@ def _text_of(checkpoint: Path, ids: np.ndarray) -> _Text:
         sizes = token_bytes(path)
     except TokenizerError as error:
         return _Text(None, str(error))
-    if ids.max() >= len(sizes):
-        return _Text(None, f"id {ids.max()} is none of the {len(sizes)} of the checkpoint's tokenizer")
-    total = int(sizes[ids].sum())
+    total = 0
+    for ids in parts:
+        if ids.max() >= len(sizes):
+            return _Text(None, f"id {ids.max()} is none of the {len(sizes)} of the checkpoint's tokenizer")
+        total += int(sizes[ids].sum())
     return _Text(total) if total else _Text(None, "the predicted tokens stand for no text")
 
 
@@ -109,14 +115,14 @@ def _score_set(found: Path, prefix: Path, *, logits: Path | None, as_json: bool,
     if logits is not None:
         raise ScoreError(f"--logits={logits}: logits of a whole prepared set are not written: give an .npy file")
     config = Reader(found, verify=False).config
-    tokenizer = found / TOKENIZER
-    known = sibling(prefix, ".json").exists() and tokenizer.exists()
-    if known and Manifest.read(prefix).tokenizer_sha256 != sha256_file(tokenizer):
+    tokenizer, stream = found / TOKENIZER, TokenStream(prefix)
+    known = stream.manifest if tokenizer.exists() else None
+    if known and known.tokenizer_sha256 != sha256_file(tokenizer):
         raise ScoreError(f"{prefix}.json: another tokenizer than {tokenizer}: score text prepared with the run's own")
     length = config.data.sequence_length
     model = load_model(found, device=default_device(), ema=ema)
     nats, predicted = heldout_nats(model, prefix, length, max(1, TOKENS_AT_ONCE // length))
-    text = _text_of(found, np.asarray(TokenFile(prefix).tokens[1:]))
+    text = _text_of(found, _all_but_the_first(stream))
     if as_json:
         result = {"mean": nats} | text.fields(nats, predicted) | {"sequence_length": length}
         print(json.dumps(result | {"num_sequences": -(-predicted // length), "checkpoint": str(found), "ema": ema}))
@@ -124,6 +130,14 @@ def _score_set(found: Path, prefix: Path, *, logits: Path | None, as_json: bool,
     print(f"{found}: {predicted} tokens of {prefix}, windows of {length}\n")
     print(f"{nats:.6f} nats a token   {text.line(nats, predicted)}")
     return 0
+
+
+def _all_but_the_first(stream: TokenStream) -> Iterator[np.ndarray]:
+    """Its tokens, int64, in parts that do not grow with it."""
+    for begin in range(1, stream.num_tokens, CHUNK):
+        part = np.empty(min(CHUNK, stream.num_tokens - begin), dtype=np.int64)
+        stream.copy(begin, part)
+        yield part
 
 
 def read_ids(path: Path) -> np.ndarray:

@@ -149,6 +149,16 @@ def test_a_manifest_whose_time_cannot_be_renewed(tmp_path, monkeypatch):
     assert message.startswith(f"{prefix}.json: Permission denied: every file is as it says")
 
 
+def test_the_first_id_outside_a_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.index.CHUNK", 2)
+    raw = bytearray(Path(f"{write(tmp_path / 'a', [[5, 6, 7, 8], [3, 4], [9, 2]], 'int32')}.bin").read_bytes())
+    struct.pack_into("<i", raw, 20, -1)
+    (tmp_path / "a.bin").write_bytes(raw)
+    file = TokenFile(tmp_path / "a")
+    assert [file.first_outside(size) for size in (5, 7, 8, 9, 70_000)] == [0, 2, 3, 5, 5]
+    assert TokenFile(write(tmp_path / "b")).first_outside(70_000) is None  # beyond what uint16 holds
+
+
 def patched(offset: int, form: str, *values):
     def corrupt(raw: bytearray) -> bytearray:
         struct.pack_into(form, raw, offset, *values)

@@ -16,6 +16,7 @@ from data.corpus import Document
 from data.prepare import prepare
 from data.token_bytes import token_bytes
 from data.tokenizer_file import load_tokenizer
+from data.tokenizer_training import train_tokenizer
 from data.tokens import TokenFile, TokenWriter
 from launcher.__main__ import main
 from launcher.checkpoint.state import Reader, checkpoints_dir
@@ -158,11 +159,42 @@ def test_heldout_loss_predicts_every_token_but_the_first(model: Transformer, run
     assert abs(nats - total / predicted) < 2e-6
 
 
+def test_a_set_in_shards_scores_as_in_one_file(
+    model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out text in many files: the same loss and bytes, and the same refusals."""
+    monkeypatch.setattr("launcher.commands.score.CHUNK", 64)
+    texts = [f"document {i}: the router picks {i * i} experts\n" * (1 + i % 3) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "t.json").write_text(train_tokenizer(texts, vocab_size=300).to_str())
+    step = write_checkpoint(model, tmp_path / "run", tokenizer=tmp_path / "t.json")
+
+    def scored(name: str, *more: str) -> dict[str, Any]:
+        recipe = ["--tokenizer", str(tmp_path / "t.json"), "--heldout-fraction", "0.4", "--workers", "0", *more]
+        assert main(["prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / name), *recipe]) == 0
+        capsys.readouterr()
+        assert main(["score", "--checkpoint", str(step), "--tokens", str(tmp_path / name / "heldout"), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole, cut = scored("whole"), scored("cut", "--shard-tokens", "90")
+    assert len(list((tmp_path / "cut").glob("heldout-*.idx"))) > 3
+    assert cut == whole and cut["text_bytes"] > 1000
+
+    (tmp_path / "cut" / "heldout-00001.bin").write_bytes(b"")
+    assert main(["score", "--checkpoint", str(step), "--tokens", str(tmp_path / "cut" / "heldout")]) == 2
+    err = capsys.readouterr().err
+    assert "heldout-00001.bin: byte 0: 0 bytes, its manifest says" in err and len(err.splitlines()) == 1
+
+
 def test_heldout_data_must_fit_the_model(model: Transformer, tmp_path: Path) -> None:
     for name, tokens in (("long", np.zeros(300)), ("alien", np.array([3, 512, 4])), ("short", np.zeros(1))):
         with TokenWriter(tmp_path / name, "uint16") as writer:
             writer.add(tokens.astype(np.uint16))
-    for name, said in (("long", "max_position_embeddings is 256"), ("alien", "vocab_size is 512"), ("short", "2")):
+    for name, said in (
+        ("long", "max_position_embeddings is 256"),
+        ("alien", r"alien.bin: byte 2: id 512, the model's vocab_size is 512"),
+        ("short", "2"),
+    ):
         with pytest.raises(InferenceError, match=said):
             heldout_nats(model, tmp_path / name, 257, 1)
 
