@@ -143,7 +143,7 @@ def _same_windows(config: RunConfig, path: Path) -> list[str]:
 
 
 def check_data(config: RunConfig) -> list[str]:
-    """The token files are there, whole, long enough, of one tokenizer, within the vocabulary, turned often enough."""
+    """The token files are there, whole, long enough, of one tokenizer, as large as meant, turned often enough."""
     from data.check import config_problems
 
     model, data = config.model, config.data
@@ -168,7 +168,7 @@ def check_data(config: RunConfig) -> list[str]:
             whose = next((i for i, prefix in enumerate(data.prefixes) if message.startswith(prefix)), 0)
             key = f"data.blend.{whose - 1}.prefix" if whose else "data.prefix"
             found.append(f"{key}={data.prefixes[whose]}: {message}")
-    return found or check_fim(config)
+    return found or [*check_fim(config), *check_vocabulary(config)]
 
 
 def check_fim(config: RunConfig) -> list[str]:
@@ -187,6 +187,26 @@ def check_fim(config: RunConfig) -> list[str]:
             found.append(
                 f"optim.fim_rate reaches {max(rates):g}, {prefix}.json was prepared with a FIM rate of {prepared:g}: "
                 f"prepare the data with `{again}`, or use optim.fim_rate=[] for the prepared rate"
+            )
+    return found
+
+
+def check_vocabulary(config: RunConfig) -> list[str]:
+    """No tokenizer made for a model with far fewer tokens: most of this one's vocabulary would never be seen.
+
+    Asked of tokenizers made from a corpus of this machine alone: how many tokens they have is a matter of the command.
+    """
+    from data.tokens import Manifest
+
+    wanted, found = config.model.vocab_size, []
+    for prefix in dict.fromkeys(config.data.prefixes):
+        manifest = Manifest.read(prefix)
+        corpus = _corpus_of(manifest)
+        if corpus and 2 * manifest.vocab_size < wanted:
+            found.append(
+                f"model.vocab_size={wanted}: the tokenizer of {prefix}.json has {manifest.vocab_size} tokens, less "
+                f"than half of that: prepare the data with `{prepare_command(config, prefix, corpus)}`, or use "
+                f"model.vocab_size={manifest.vocab_size}"
             )
     return found
 
@@ -216,6 +236,6 @@ def prepare_command(config: RunConfig, prefix: str | None = None, corpus: str | 
     highest = max((segment.value for segment in config.optim.fim_rate), default=0.0)
     turned = f" --fim-rate {highest:g}" if highest else ""
     if config.model.vocab_size <= LOCAL_VOCABULARY:
-        corpus = corpus or ("full" if folder.name == "full" else "stdlib")
+        corpus = corpus or ("full" if folder.name.split("-")[0] == "full" else "stdlib")
         return f"expertpipe prepare --corpus {corpus} --vocab-size {config.model.vocab_size} --out {folder}{turned}"
     return f"expertpipe prepare INPUT... --out {folder} --tokenizer deepseek{turned}"

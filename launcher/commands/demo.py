@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from launcher.commands.prepare import VOCAB_SIZE
 from launcher.config import RunConfig, compose
 
-VOCAB_SIZE = 4096
 PROMPT = "def main():\n"
 RECORDED = ("train.record_actions_every=35",)  # a few steps as they really ran, for the page
 
@@ -23,15 +23,15 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--corpus", choices=["stdlib", "full"], default="stdlib")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="such as train.steps=50")
     arguments = parser.parse_intermixed_args(argv)
-    name = "demo" if arguments.corpus == "stdlib" else f"demo-{arguments.corpus}"
-    overrides = ["experiment=tiny", f"data={arguments.corpus}", f"name={name}", *RECORDED, *arguments.overrides]
+    overrides = run_of(arguments.corpus, arguments.overrides)
     config = compose(overrides)
 
     from data.prepare import prepare
 
     _say("1/3  text and tokenizer")
     folder = Path(config.data.prefix).parent
-    prepared = prepare(corpus=arguments.corpus, out_dir=folder, vocab_size=VOCAB_SIZE, progress=_indented)
+    vocab_size = config.model.vocab_size
+    prepared = prepare(corpus=arguments.corpus, out_dir=folder, vocab_size=vocab_size, progress=_indented)
     _say("2/3  training")
     from launcher.start import start
 
@@ -42,6 +42,22 @@ def demo(argv: Sequence[str]) -> int:
     summary = evaluate(config, Path(prepared.heldout_prefix))
     _report(config, summary)
     return 0
+
+
+def run_of(corpus: str, given: Sequence[str]) -> list[str]:
+    """The overrides of the demonstration on one corpus, those `given` by the user among them.
+
+    Its data lies apart from what other runs expect under the corpus' name unless it is the same: runs/data/stdlib holds
+    a vocabulary of VOCAB_SIZE, another corpus or vocabulary gets a folder that says so, such as runs/data/full-4096.
+    """
+    name = "demo" if corpus == "stdlib" else f"demo-{corpus}"
+    overrides = ["experiment=tiny", f"data={corpus}", f"name={name}", *RECORDED, *given]
+    config, usual = compose(overrides), compose([f"data={corpus}"]).data.prefix
+    vocab_size = config.model.vocab_size
+    if config.data.prefix != usual or (corpus, vocab_size) == ("stdlib", VOCAB_SIZE):
+        return overrides
+    folder, last = Path(usual).parent, Path(usual).name
+    return [*overrides, f"data.prefix={folder}-{vocab_size}/{last}"]
 
 
 def _say(text: str) -> None:

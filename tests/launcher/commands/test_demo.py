@@ -5,8 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from launcher.commands.demo import demo as command
+from launcher.commands.demo import run_of
+from launcher.config import compose
 
 KEYS = {
     "steps", "tokens", "loss_first", "loss_last", "heldout_bits_per_byte", "unigram_bits_per_byte", "xz_bits_per_byte",
@@ -20,6 +25,31 @@ def demo(folder: Path, steps: int) -> tuple[str, dict[str, object]]:
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads((folder / "runs/demo/summary.json").read_text())
+
+
+def prefix_of(*arguments: str) -> str:
+    return compose(list(arguments)).data.prefix
+
+
+def test_no_two_vocabularies_share_a_folder() -> None:
+    assert prefix_of(*run_of("stdlib", [])) == prefix_of("experiment=tiny") == "runs/data/stdlib/train"
+    assert prefix_of("experiment=demo") == "runs/data/full/train"  # of 16,384 tokens
+    assert prefix_of(*run_of("full", [])) == "runs/data/full-4096/train"
+    assert prefix_of(*run_of("stdlib", ["model.vocab_size=8192"])) == "runs/data/stdlib-8192/train"
+    assert prefix_of(*run_of("full", ["data.prefix=mine/train"])) == "mine/train"
+
+
+@pytest.mark.parametrize(("corpus", "given", "size"), [("full", [], 4096), ("stdlib", ["model.vocab_size=512"], 512)])
+def test_what_is_prepared_is_what_is_trained_on(
+    corpus: str, given: list[str], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("data.prepare.prepare", lambda **arguments: seen.update(arguments))
+    monkeypatch.setattr("launcher.start.start", lambda overrides: seen.update(run=compose(overrides)) or 7)
+    assert command(["--corpus", corpus, *given]) == 7
+    assert (seen["corpus"], seen["vocab_size"]) == (corpus, size)
+    assert Path(seen["run"].data.prefix).parent == seen["out_dir"]
+    assert seen["run"].model.vocab_size == size
 
 
 @pytest.mark.slow
