@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from data.encode import DOCUMENT, unit_path
 from data.index import sha256_file, sibling
 from data.tokens import FileRecord, TokenWriter
 
-_PARTITION_DOCUMENTS = 1 << 22  # documents whose hashes are compared at once: 100 MB
+_PARTITION_DOCUMENTS = 1 << 22  # documents whose hashes are held at once: 120 MB
+_PLACE = np.dtype([("unit", "<i4"), ("row", "<i8")])
+_HASH = np.dtype([("name", "<u8"), ("rest", "<u8"), *((key, _PLACE[key]) for key in ("unit", "row"))])
 
 
 @dataclass(frozen=True)
@@ -58,37 +61,96 @@ def documents(work: Path, unit: int) -> np.ndarray:
     return np.memmap(path, dtype=DOCUMENT, mode="r")
 
 
-def mark_duplicates(work: Path, num_units: int) -> int:
+def mark_duplicates(
+    work: Path, num_units: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
     """Writes WORK/unit-*.keep, a byte per document: 1 for the first of every group of equal ones. Returns the others.
 
-    Memory does not grow with the corpus: hashes are compared in partitions, each a fixed part of the hash range.
+    One pass puts the hashes into WORK/part-*, by the remainder of each; then every part is compared by itself. So
+    memory does not grow with the corpus, and what is read grows no faster than it. on_progress: gets how far it is and
+    the whole, in documents, each of which counts once in either.
     """
     sizes = [len(documents(work, unit)) for unit in range(num_units)]
-    partitions = max(1, -(-sum(sizes) // _PARTITION_DOCUMENTS))
+    total = sum(sizes)
+    partitions = max(1, -(-total // _PARTITION_DOCUMENTS))
     for unit, size in enumerate(sizes):
         np.ones(size, dtype=np.uint8).tofile(unit_path(work, unit, "keep"))
-    duplicates = 0
+    for part in work.glob("part-*"):  # of a killed call
+        part.unlink()
+    on_progress(0, 2 * total)
+    done = 0
+    for hashes in _hashes(work, sizes):
+        _append(work, hashes, partitions)
+        done += len(hashes)
+        on_progress(done, 2 * total)
+    duplicates, held, num_held = 0, list[np.ndarray](), 0
     for partition in range(partitions):
-        parts = []
-        for unit in range(num_units):
-            records = documents(work, unit)
-            names = np.asarray(records["name"])
-            rows = np.flatnonzero(names % np.uint64(partitions) == partition)
-            part = np.empty(len(rows), dtype=[("name", "<u8"), ("rest", "<u8"), ("unit", "<i4"), ("row", "<i8")])
-            part["name"], part["rest"], part["unit"], part["row"] = names[rows], records["rest"][rows], unit, rows
-            parts.append(part)
-        found = np.concatenate(parts)
-        # stable: among equal hashes the first in the order of the input stays first
-        ordered = found[np.lexsort((found["rest"], found["name"]))]
-        again = np.zeros(len(ordered), dtype=bool)
-        again[1:] = (ordered["name"][1:] == ordered["name"][:-1]) & (ordered["rest"][1:] == ordered["rest"][:-1])
-        others = ordered[again]
-        for unit in np.unique(others["unit"]):
-            keep = np.memmap(unit_path(work, int(unit), "keep"), dtype=np.uint8, mode="r+")
-            keep[others["row"][others["unit"] == unit]] = 0
-            keep.flush()
-        duplicates += len(others)
+        path = _part_path(work, partition)
+        found = np.fromfile(path, dtype=_HASH) if path.exists() else np.empty(0, dtype=_HASH)
+        path.unlink(missing_ok=True)
+        again = _again(found)
+        held, num_held, duplicates = [*held, again], num_held + len(again), duplicates + len(again)
+        if num_held >= _PARTITION_DOCUMENTS or partition == partitions - 1:
+            _drop(work, np.concatenate(held))
+            held, num_held = [], 0
+        done += len(found)
+        on_progress(done, 2 * total)
     return duplicates
+
+
+def _hashes(work: Path, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+    """Every document's hash and place, [n] of _HASH, in the order of the input; one array is filled again and again."""
+    buffer = np.empty(min(sum(sizes), _PARTITION_DOCUMENTS), dtype=_HASH)
+    filled = 0
+    for unit, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            end = min(size, begin + len(buffer) - filled)
+            records, part = documents(work, unit)[begin:end], buffer[filled : filled + end - begin]
+            part["name"], part["rest"] = records["name"], records["rest"]
+            part["unit"], part["row"] = unit, np.arange(begin, end)
+            begin, filled = end, filled + end - begin
+            if filled == len(buffer):
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
+
+
+def _append(work: Path, hashes: np.ndarray, partitions: int) -> None:
+    """Each hash behind those that its part holds already."""
+    numbers = hashes["name"] % np.uint64(partitions)
+    order = np.argsort(numbers, kind="stable")
+    ends = np.searchsorted(numbers[order], np.arange(partitions, dtype=np.uint64), side="right").tolist()
+    for partition, (begin, end) in enumerate(pairwise([0, *ends])):
+        if begin < end:
+            with open(_part_path(work, partition), "ab") as stream:
+                stream.write(hashes[order[begin:end]].tobytes())
+
+
+def _part_path(work: Path, partition: int) -> Path:
+    return work / f"part-{partition:06d}"
+
+
+def _again(found: np.ndarray) -> np.ndarray:
+    """Places (unit, row) of those that have an equal one before them."""
+    # stable: among equal hashes the first in the order of the input stays first
+    ordered = found[np.lexsort((found["rest"], found["name"]))]
+    again = np.zeros(len(ordered), dtype=bool)
+    again[1:] = (ordered["name"][1:] == ordered["name"][:-1]) & (ordered["rest"][1:] == ordered["rest"][:-1])
+    places = np.empty(np.count_nonzero(again), dtype=_PLACE)
+    places["unit"], places["row"] = ordered["unit"][again], ordered["row"][again]
+    return places
+
+
+def _drop(work: Path, places: np.ndarray) -> None:
+    """Takes documents out of what is kept."""
+    places = places[np.argsort(places["unit"], kind="stable")]
+    units, begins = np.unique(places["unit"], return_index=True)
+    for unit, rows in zip(units.tolist(), np.split(places["row"], begins[1:]), strict=False):
+        keep = np.memmap(unit_path(work, unit, "keep"), dtype=np.uint8, mode="r+")
+        keep[rows] = 0
+        keep.flush()
 
 
 def kept(work: Path, unit: int) -> np.ndarray:

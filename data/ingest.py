@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Report:
-    """How far it is. stage: encode, deduplicate or write; done and total in the stage's unit, bytes or tokens."""
+    """How far it is. stage: encode, deduplicate or write; done and total in its unit: bytes, documents, tokens."""
 
     stage: str
     done: int
@@ -116,16 +116,19 @@ def _make(job: _Job) -> Ingested:
     _open_work(job)
     results = _encode(job)
     reasons = _rejects(job, results)
-    if not any(result.documents for result in results):
+    num_read = sum(result.documents for result in results)
+    if not num_read:
         names = ", ".join(source.path for source in job.sources)
         raise PrepareError(f"no document in {names}: {len(reasons)} rejects, see {out / REJECTS_FILE}")
-    job.on_progress(Report("deduplicate", 0, 1, sum(r.documents for r in results), 0, len(reasons)))
-    duplicates = mark_duplicates(job.work, num_units)
+    duplicates = mark_duplicates(
+        job.work, num_units,
+        lambda done, total: job.on_progress(Report("deduplicate", done, total, num_read, 0, len(reasons))),
+    )  # fmt: skip
     shards = plan_shards(job.work, num_units, job.arguments["shard_tokens"])
     if shards[0].set_name != "train":
         raise PrepareError(f"every document was held out; heldout_fraction is {job.recipe.heldout_fraction}")
     written = _write(job, shards)
-    counts = {"documents_read": sum(result.documents for result in results), "duplicates": duplicates}
+    counts = {"documents_read": num_read, "duplicates": duplicates}
     counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(reasons).items())}
     _copy_tokenizer(job)
     manifests = [_manifest(job, name, shards, written, counts) for name in ("train", "heldout")]

@@ -291,11 +291,12 @@ def test_a_quoted_marker_is_text(tmp_path, tokenizer):
 
 
 def test_stopped_in_any_stage_it_continues_to_the_same_bytes(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("data.inputs.MIN_UNIT_BYTES", 4000)
-    path = json_lines(tmp_path / "a.jsonl", [text(number) for number in range(80)])
+    path = json_lines(tmp_path / "a.jsonl", [text(number % 70) for number in range(80)])
     recipe = Recipe(tokenizer, fim_rate=0.3, heldout_fraction=0.1)
     run([path], tmp_path / "straight", recipe, shard_tokens=900)
     expected = contents(tmp_path / "straight")
+    monkeypatch.setattr("data.inputs.MIN_UNIT_BYTES", 4000)
+    monkeypatch.setattr("data.assemble._PARTITION_DOCUMENTS", 30)  # duplicates in several parts
     reports: list[Report] = []
     run([path], tmp_path / "again", recipe, shard_tokens=900, on_progress=reports.append)
     for stop in range(1, len(reports)):
