@@ -24,11 +24,11 @@ from data.assemble import Shard, ShardResult, mark_duplicates, plan_shards, writ
 from data.encode import Encoder, Recipe, UnitResult, encode_unit, finished
 from data.index import TokenFileError, sha256_file, sibling
 from data.inputs import InputError, Plan, PrepareError, Reject, Source, named_os_errors, plan, reject_json
-from data.tokens import FileRecord, Manifest, SourceRecord, accept, file_problems
+from data.tokenizer_file import TOKENIZER_FILE, copy_tokenizer
+from data.tokens import WORK_FOLDER, FileRecord, Manifest, SourceRecord, accept, file_problems
 
 RECIPE_VERSION = 2  # counts up whenever the same recipe would give other files
 REJECTS_FILE = "rejects.jsonl"
-TOKENIZER_FILE = "tokenizer.json"
 TEXT_FOLDER = ".text"  # inside the output folder: what data/prepare.py collects there before it comes here
 R = TypeVar("R")
 
@@ -106,7 +106,7 @@ def ingest(
         if any(path.is_relative_to(out.resolve()) and not path.is_relative_to(own) for path in paths):
             raise PrepareError(f"{out}: the output folder holds inputs; choose another one")
         arguments = _arguments(recipe, made, planned, shard_tokens, sources)
-        job = _Job(recipe, made, planned, sources, out, out / ".work", arguments, workers, on_progress)
+        job = _Job(recipe, made, planned, sources, out, out / WORK_FOLDER, arguments, workers, on_progress)
         return _complete(job) or _make(job)
 
 
@@ -130,7 +130,7 @@ def _make(job: _Job) -> Ingested:
     written = _write(job, shards)
     counts = {"documents_read": num_read, "duplicates": duplicates}
     counts |= {f"rejected: {reason}": count for reason, count in sorted(Counter(reasons).items())}
-    _copy_tokenizer(job)
+    copy_tokenizer(job.recipe.tokenizer, out / TOKENIZER_FILE)
     manifests = [_manifest(job, name, shards, written, counts) for name in ("train", "heldout")]
     shutil.rmtree(job.work)
     assert manifests[0] is not None
@@ -310,13 +310,6 @@ def _write(job: _Job, shards: Sequence[Shard]) -> list[ShardResult]:
             documents = sum(result.num_documents for result in results.values())
             job.on_progress(Report("write", done, total, documents, done, 0))
     return [results[number] for number in range(len(shards))]
-
-
-def _copy_tokenizer(job: _Job) -> None:
-    temporary = job.out / f"{TOKENIZER_FILE}.tmp-{os.getpid()}"
-    # not shutil.copyfile, which would say of a full disk that the tokenizer read is too large
-    temporary.write_bytes(Path(job.recipe.tokenizer).read_bytes())
-    os.replace(temporary, job.out / TOKENIZER_FILE)
 
 
 def _manifest(

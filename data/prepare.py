@@ -17,9 +17,9 @@ from pathlib import Path
 from data.corpus import SOURCES, Document, SourceInfo, collect
 from data.draws import is_heldout
 from data.encode import Recipe
-from data.ingest import TEXT_FOLDER, TOKENIZER_FILE, Report, ingest, require_possible
+from data.ingest import TEXT_FOLDER, Report, ingest, require_possible
 from data.inputs import PrepareError, Reject, Source, named_os_errors
-from data.tokenizer_file import load_tokenizer
+from data.tokenizer_file import TOKENIZER_FILE, load_tokenizer
 from data.tokenizer_training import MIN_VOCAB_SIZE, TOKENIZER_SAMPLE_BYTES, train_tokenizer
 from data.tokens import Manifest, TokenFile, TokenFileError, sha256_file, sibling
 

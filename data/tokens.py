@@ -32,6 +32,7 @@ from data.index import (
 )
 
 MANIFEST_FORMAT = 1
+WORK_FOLDER = ".work"  # of a preparation under way, in the folder that it writes to
 VERIFY_BYTES = 256 << 20  # of newer files that a start reads by itself: a quarter of a second
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class Manifest:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise TokenFileError(f"{path}: {error.strerror}; check the prefix or prepare the data") from error
+            raise TokenFileError(f"{path}: {error.strerror}{_without_manifest(prefix)}") from error
         except ValueError as error:
             raise TokenFileError(f"{path}: no JSON ({error}); prepare the data again") from error
         if isinstance(value, dict) and value.get("format", MANIFEST_FORMAT) != MANIFEST_FORMAT:
@@ -212,6 +213,18 @@ class Manifest:
             raise TokenFileError(f"{path}: a file name holds a folder; files lie beside their manifest")
         sources = (_typed(SourceRecord, record, f"{path}: source {i}") for i, record in enumerate(manifest.sources))
         return replace(manifest, files=files, sources=tuple(sources), shards=tuple(manifest.shards))
+
+
+def _without_manifest(prefix: str | Path) -> str:
+    """What to do where PREFIX.json cannot be read, by what lies beside it."""
+    if not sibling(prefix, ".idx").exists():
+        return "; check the prefix or prepare the data"
+    if (sibling(prefix, ".json").parent / WORK_FOLDER).exists():
+        return "; its preparation was stopped: the same `expertpipe prepare` command continues it"
+    return (
+        f"; {prefix}.idx is there: token files without a manifest, as Megatron's are: `expertpipe prepare --adopt "
+        f"{prefix} --tokenizer TOKENIZER` checks them and writes one"
+    )
 
 
 def _typed(kind: type[T], value: Any, where: str) -> T:

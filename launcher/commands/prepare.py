@@ -26,8 +26,15 @@ _TAKEN: Mapping[str, tuple[str, ...]] = {
     "inputs": ("inputs", "out", "tokenizer", "text_key", *_RECIPE, "workers", "shard_tokens", "licence", "json"),
     "corpus": ("out", "corpus", "vocab_size", *_RECIPE, "json"),
     "verify": ("verify",),
+    "adopt": ("adopt", "tokenizer", "licence", "json"),
 }
-_WHERE_ELSE = {"inputs": "only without INPUT", "corpus": "only with INPUT", "verify": "not with --verify"}
+_NEEDED: Mapping[str, tuple[str, ...]] = {"inputs": ("out", "tokenizer"), "adopt": ("tokenizer",)}
+_WHERE_ELSE = {
+    "inputs": "only without INPUT",
+    "corpus": "only with INPUT",
+    "verify": "not with --verify",
+    "adopt": "not with --adopt",
+}
 _STAGES = {"encode": "tokenising", "deduplicate": "looking for duplicates", "write": "writing"}
 _LINE_EVERY_SECONDS = 10.0  # between lines of one stage where there is no terminal
 
@@ -107,11 +114,11 @@ class PrepareDisplay:
 def prepare_command(argv: Sequence[str]) -> int:
     """Runs `expertpipe prepare` with its arguments; the exit code."""
     args = _parse(argv)
-    way = "verify" if args.verify is not None else "inputs" if args.inputs else "corpus"
+    way = next((way for way in ("verify", "adopt", "inputs") if _is_given(getattr(args, way))), "corpus")
     errors = [*_misplaced(args, way), *_missing(args, way)]
     if errors:
         raise ConfigError(errors)
-    return {"verify": _verify, "inputs": _from_inputs, "corpus": _from_corpus}[way](args)
+    return {"verify": _verify, "adopt": _adopt, "inputs": _from_inputs, "corpus": _from_corpus}[way](args)
 
 
 def _misplaced(args: Namespace, way: str) -> list[str]:
@@ -126,8 +133,8 @@ def _is_given(value: object) -> bool:
 
 
 def _missing(args: Namespace, way: str) -> list[str]:
-    missing = [name for name in ("out", "tokenizer") if way == "inputs" and getattr(args, name) is None]
-    hint = "needed with INPUT; --tokenizer takes a tokenizer.json or `deepseek`"
+    missing = [name for name in _NEEDED.get(way, ()) if getattr(args, name) is None]
+    hint = f"needed with {_and([way])}; --tokenizer takes a tokenizer.json or `deepseek`"
     return [f"{_and(missing)}: {hint}"] if missing else []
 
 
@@ -205,6 +212,10 @@ def _parse(argv: Sequence[str]) -> Namespace:
         "--corpus", choices=("stdlib", "full"), help="without INPUT; stdlib (default): Python's own library"
     )
     parser.add_argument("--vocab-size", type=int, help=f"of the tokenizer made without INPUT (default {VOCAB_SIZE})")
+    parser.add_argument(
+        "--adopt", metavar="PREFIX",
+        help="check token files of another program, such as Megatron's, and write the manifest that they lack",
+    )  # fmt: skip
     return parser.parse_intermixed_args(argv)
 
 
@@ -217,6 +228,30 @@ def _verify(args: Namespace) -> int:
         error.errors = problems  # type: ignore[attr-defined]
         raise error
     print(f"{args.verify}: every file is as its manifest says")
+    return 0
+
+
+def _adopt(args: Namespace) -> int:
+    from data.adopt import adopt
+
+    done = adopt(args.adopt, args.tokenizer, **_given(args, ("licence",)))
+    manifest = done.manifest
+    if args.json:
+        result = {"train": args.adopt, "heldout": None, "tokens": manifest.num_tokens}
+        result |= {"documents": manifest.num_documents, "documents_ended": done.num_ended}
+        print(json.dumps(result | {"tokenizer": manifest.tokenizer_file}))
+        return 0
+    print(
+        f"{args.adopt}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, largest id "
+        f"{manifest.max_token_id:,} of {manifest.vocab_size:,}; {args.adopt}.json written, tokenizer in "
+        f"{manifest.tokenizer_file}"
+    )
+    if done.num_ended is None:
+        print("  the tokenizer names no end of sentence")
+    else:
+        hint = "" if done.num_ended == manifest.num_documents else " (preprocess_data.py --append-eod writes it)"
+        print(f"  {done.num_ended:,} of the documents end with the tokenizer's end of sentence{hint}")
+    print("  no held-out set: `train` needs none; for `score` tokenise text kept apart and adopt it too")
     return 0
 
 

@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.adopt import adopt
+from data.config import DataConfig
 from data.index import TokenFile
+from data.loader import Loader
+from data.tokenizer_training import train_tokenizer
 from data.tokens import TokenWriter
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +74,28 @@ def documents(seed: int, largest: int) -> list[list[list[int]]]:
 
 def joined(document: list[list[int]]) -> list[int]:
     return [token for sequence in document for token in sequence]
+
+
+@pytest.mark.slow
+def test_what_megatron_wrote_is_adopted_and_read(megatron, tmp_path):
+    """Its builder's files, some documents of several sequences, through the loader."""
+    texts = [f"{number}: the router picks an expert" for number in range(50)]
+    (tmp_path / "t.json").write_text(train_tokenizer(texts, vocab_size=280).to_str())
+    kinds = {"uint16": documents(3, 279), "int32": documents(4, 279)}
+    task = {"write": [(dtype, dtype, parts) for dtype, parts in kinds.items()], "read": []}
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    subprocess.run([str(megatron), "-c", PROGRAM], cwd=tmp_path, check=True, capture_output=True)
+    for dtype, parts in kinds.items():
+        prefix = tmp_path / dtype
+        manifest = adopt(prefix, tmp_path / "t.json").manifest
+        assert (manifest.dtype, manifest.num_documents) == (dtype, len(parts))
+        loader = Loader(DataConfig(str(prefix), sequence_length=16, document_mask=True))
+        ids = np.arange(12)
+        flat = np.array([token for document in parts for token in joined(document)])
+        numbers = np.repeat(np.arange(len(parts)), [len(joined(document)) for document in parts])
+        places = loader.locate(ids).start
+        assert np.array_equal(loader.windows(ids), [flat[at : at + 17] for at in places])
+        assert np.array_equal(loader.documents(ids), [numbers[at : at + 17] - numbers[at] for at in places])
 
 
 @pytest.mark.slow

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.corpus import CORPORA, SOURCES
+from data.tokenizer_training import train_tokenizer
+from data.tokens import TokenWriter
+from launcher.__main__ import main
 from launcher.check.recipe import check_data, prepare_command
 from launcher.config import compose
 from tests.data.test_check import source
@@ -39,6 +43,37 @@ def test_a_tokenizer_made_for_a_far_smaller_model(corpus: str, tmp_path: Path) -
     for vocab_size in (4096, 8192):  # the demo's and bench85m's
         assert run_on(prefix, f"model.vocab_size={vocab_size}") == []
     assert "INPUT... " in run_on(prefix, "model.vocab_size=129280")[0]  # more than is made here
+
+
+def test_token_files_without_a_manifest_come_with_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files made elsewhere: refused with a command, after which the run can start."""
+    texts = [f"{number}: the router picks an expert" for number in range(50)]
+    tokenizer = train_tokenizer(texts, vocab_size=280)
+    (tmp_path / "t.json").write_text(tokenizer.to_str())
+    with TokenWriter(tmp_path / "text_document", "uint16") as writer:
+        for text in texts:
+            writer.add(np.array([*tokenizer.encode(text).ids, 1]))
+    (message,) = run_on(f"{tmp_path}/text_document", "model.vocab_size=280")
+    assert "token files without a manifest" in message and message.startswith("data.prefix=")
+    command = message.split("`")[1].replace("TOKENIZER", str(tmp_path / "t.json")).split()
+    assert command[:3] == ["expertpipe", "prepare", "--adopt"]
+    assert main(command[1:]) == 0
+    out = capsys.readouterr().out
+    assert "50 documents" in out and "50 of the documents end" in out and "no held-out set" in out
+    assert run_on(f"{tmp_path}/text_document", "model.vocab_size=280") == []
+    assert main(["prepare", "--verify", f"{tmp_path}/text_document"]) == 0
+    assert main(command[1:]) == 2  # never over a manifest
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_stopped_preparation_is_no_foreign_file(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "train", "uint16") as writer:
+        writer.add(np.array([1, 2]))
+    (tmp_path / ".work").mkdir()
+    (message,) = run_on(f"{tmp_path}/train")
+    assert "its preparation was stopped: the same `expertpipe prepare` command continues it" in message
 
 
 def test_a_small_tokenizer_of_the_users_own_is_theirs_to_choose(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def test_workers_default_to_processes(inputs, tmp_path, capsys):
         "--corpus and --vocab-size: only without INPUT",
     ),
     (["x.jsonl", "--verify", "a/train", "--seed", "0"], "INPUT and --seed: not with --verify"),
+    (["--adopt", "a/train"], "--tokenizer: needed with --adopt"),
+    (["--adopt", "a/train", "--tokenizer", "t", "--out", "o"], "--out: not with --adopt"),
     (["--fim-rate", "2", "--seed", "0"], "fim_rate is 2.0: it must lie in [0, 1]"),
     (["--verify", "nowhere/train"], "nowhere/train.json: No such file"),
 ])  # fmt: skip
@@ -221,6 +223,18 @@ def test_a_full_disk(inputs, tmp_path, monkeypatch, capsys):
 def test_a_corpus_on_a_full_disk(small_stdlib, tmp_path, capsys):
     with files_of_at_most(1500):
         assert "File too large" in one_line(capsys, [*small_stdlib, *HELD_OUT])
+
+
+def test_json_of_an_adoption(inputs, tmp_path, capsys):
+    assert main(["prepare", *inputs, "--workers", "0", "--heldout-fraction", "0"]) == 0
+    (tmp_path / "out" / "train.json").unlink()
+    capsys.readouterr()
+    prefix = str(tmp_path / "out" / "train")
+    assert main(["prepare", "--adopt", prefix, "--tokenizer", str(tmp_path / "t.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "train": prefix, "heldout": None, "tokens": TokenFile(prefix).num_tokens, "documents": 40,
+        "documents_ended": 40, "tokenizer": "tokenizer.json",
+    }  # fmt: skip
 
 
 def test_verify_reads_every_byte(inputs, tmp_path, capsys):
