@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.dropping import Again, Dropped, dropping
 from model.fp8.formats import TILE_SIZE
-from model.fp8.transformer_engine import TransformerEngineLinear, _AfterBackward
+from model.fp8.transformer_engine import TransformerEngineLinear
 from model.weight_grad import WeightGradSink
 
 
@@ -100,13 +100,10 @@ class LeanEngineLinear(TransformerEngineLinear):
     def _product(
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None, again: Again | None
     ) -> Tensor:
-        x_RI = x.flatten(0, -2)
-        if torch.is_grad_enabled() and not x_RI.requires_grad:
-            x_RI = x_RI.detach().requires_grad_()  # so that the weight gradient still has its turn
-        rows: Any = _AfterBackward.apply(x_RI, weight, sink, self.module)
-        groups = counts or (len(x_RI),)
+        rows: Any = self._rows(x, weight, sink)
+        groups = counts or (len(rows),)
         splits, index = [-(-count // TILE_SIZE) * TILE_SIZE for count in groups], None
-        if sum(splits) != len(x_RI):
+        if sum(splits) != len(rows):
             index = _places(groups, splits, x.device)
             rows = _FillUp.apply(rows, index, sum(splits))
         dropped = None if again is None else Dropped(lambda: (_filled(again().flatten(0, -2), index, sum(splits)),))

@@ -10,6 +10,7 @@ says, by an environment variable that it reads when it is imported (`model.backe
 `launcher/build.py` sets it). Rows are filled up with zeros to multiples of 128, which add nothing to a weight gradient.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,28 +47,60 @@ class _AfterBackward(torch.autograd.Function):
     """The identity on a layer's input, whose backward runs once the layer's own is done: the time to tell the sink."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, module: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: WeightGradSink, layer: Any, overwrites: bool) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.sink, ctx.module = sink, module
+        ctx.sink, ctx.layer, ctx.overwrites = sink, layer, overwrites
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (weight,), module = ctx.saved_tensors, ctx.module
-        # It adds to the weights' main_grad itself, which is the accumulator that the sink would give.
-        ctx.sink.put(weight, lambda acc: module.backward_dw())
-        return grads[0], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        if weight.requires_grad:
+            ctx.layer.overwrites.append(ctx.overwrites)
+            ctx.sink.put(weight, _WeightGrad(ctx.layer))
+        return grads[0], None, None, None, None
+
+
+class _WeightGrad:
+    """The next weight gradient of a layer's queue, as a contribution.
+
+    Transformer Engine puts it into the weights' main_grad itself, which is the accumulator that the sink gives. A
+    micro-batch whose forward rounded the weight (`is_first_microbatch`) it writes over what is there, any other it
+    adds: right only if that micro-batch's gradient is the first of the step too. Here it is right in any order; what
+    came before is set aside, one FP32 copy of the weight, where it was not the first.
+    """
+
+    def __init__(self, layer: "TransformerEngineLinear") -> None:
+        self._layer = layer
+
+    def __call__(self, acc: Tensor) -> None:
+        """See `model.weight_grad.Overwriting`."""
+        if not self._layer.overwrites.popleft():
+            self._layer.module.backward_dw()
+            return
+        earlier = acc.clone()
+        acc.zero_()
+        self._layer.module.backward_dw()
+        acc.add_(earlier)
+
+    def write(self, acc: Tensor) -> None:
+        """See `model.weight_grad.Overwriting`."""
+        self._layer.overwrites.popleft()
+        acc.zero_()
+        self._layer.module.backward_dw()
 
 
 class TransformerEngineLinear:
     """`FP8Call` over te.Linear, or te.GroupedLinear for a stack of experts' weights [groups, out, in].
 
     The weight stays ours: its memory and its main_grad are shared. It is rounded in the first forward after
-    `weights_changed`, and kept so for the step.
+    `weights_changed`, and kept so for the step. overwrites: of each weight gradient that Transformer Engine's queue
+    holds, in its order, whether it will be written over main_grad instead of added.
     """
 
     def __init__(self, te: Any, recipe: Any, weight: nn.Parameter) -> None:
         self._te, self._recipe, self._fresh = te, recipe, True
+        self.overwrites: deque[bool] = deque()
         out_features, in_features = weight.shape[-2:]
         options = {
             "bias": False,
@@ -91,11 +124,8 @@ class TransformerEngineLinear:
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
     ) -> Tensor:
         """See `model.linear.FP8Call`."""
-        x_RI = x.flatten(0, -2)
-        if torch.is_grad_enabled() and not x_RI.requires_grad:
-            x_RI = x_RI.detach().requires_grad_()  # so that the weight gradient still has its turn
-        watched = _AfterBackward.apply(x_RI, weight, sink, self.module)
-        padded, index = padded_rows(watched, counts or (len(x_RI),))  # type: ignore[arg-type]
+        rows_RI = self._rows(x, weight, sink)
+        padded, index = padded_rows(rows_RI, counts or (len(rows_RI),))
         with self._te.autocast(enabled=True, recipe=self._recipe):
             if counts is None:
                 y = self.module(padded, is_first_microbatch=self._fresh)
@@ -104,6 +134,13 @@ class TransformerEngineLinear:
                 y = self.module(padded, splits, is_first_microbatch=self._fresh)
         self._fresh = False
         return y.index_select(0, index).view(*x.shape[:-1], y.shape[-1])
+
+    def _rows(self, x: Tensor, weight: Tensor, sink: WeightGradSink) -> Tensor:
+        """x as a matrix whose gradient, when it comes, hands the weight's to the sink."""
+        x_RI = x.flatten(0, -2)
+        if torch.is_grad_enabled() and not x_RI.requires_grad:
+            x_RI = x_RI.detach().requires_grad_()  # so that the weight gradient still has its turn
+        return _AfterBackward.apply(x_RI, weight, sink, self, self._fresh)  # type: ignore[return-value]
 
     def weights_changed(self) -> None:
         """Round the weight anew at the next use."""

@@ -20,7 +20,7 @@ from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, 
 from model.fp8.linear import weights_changed
 from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_engine, padded_rows
 from model.linear import GroupedLinear, Linear
-from model.weight_grad import main_grad, set_sink
+from model.weight_grad import forget, main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
 from tests.model.wheel import VERSION, calls_of, fits, function_of, parameters, parsed, transformer_engine_wheel
 
@@ -29,17 +29,17 @@ class _Product(torch.autograd.Function):
     """Wide products whose weight gradients wait in a queue, as with delay_wgrad_compute."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, splits: Any, module: Any, *weights: Any) -> Any:
+    def forward(ctx: Any, x: Any, splits: Any, first: Any, module: Any, *weights: Any) -> Any:
         ctx.save_for_backward(x, *weights)
-        ctx.splits, ctx.module = splits, module
+        ctx.splits, ctx.first, ctx.module = splits, first, module
         return torch.cat([part @ weight.t() for part, weight in zip(x.split(splits), weights, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, *weights = ctx.saved_tensors
         parts = list(zip(grads[0].split(ctx.splits), x.split(ctx.splits), weights, strict=True))
-        ctx.module.waiting.put([(grad, rows) for grad, rows, _ in parts])
-        return torch.cat([grad @ weight for grad, _, weight in parts]), None, None, *([None] * len(weights))
+        ctx.module.waiting.put(([(grad, rows) for grad, rows, _ in parts], ctx.first))
+        return torch.cat([grad @ weight for grad, _, weight in parts]), None, None, None, *([None] * len(weights))
 
 
 class _Stand(nn.Module):
@@ -53,7 +53,11 @@ class _Stand(nn.Module):
         return [p for p in self.parameters() if p.device.type != "meta"]
 
     def backward_dw(self) -> None:
-        for (grad, rows), weight in zip(self.waiting.get_nowait(), self.weights(), strict=True):
+        """Adds, but overwrites with what a first micro-batch gives (`accumulate` in its linear.py)."""
+        parts, first = self.waiting.get_nowait()
+        for (grad, rows), weight in zip(parts, self.weights(), strict=True):
+            if first is not None and first:
+                main_grad(weight).zero_()
             main_grad(weight).add_(grad.t() @ rows)
 
 
@@ -65,7 +69,7 @@ class StandLinear(_Stand):
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         assert len(inp) % 128 == 0
         self.first.append(bool(is_first_microbatch))
-        return _Product.apply(inp, [len(inp)], self, self.weight)
+        return _Product.apply(inp, [len(inp)], is_first_microbatch, self, self.weight)
 
 
 class StandGrouped(_Stand):
@@ -77,7 +81,7 @@ class StandGrouped(_Stand):
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Any:
         assert all(split % 128 == 0 for split in m_splits) and sum(m_splits) == len(inp)
         self.first.append(bool(is_first_microbatch))
-        return _Product.apply(inp, list(m_splits), self, *self.weights())
+        return _Product.apply(inp, list(m_splits), is_first_microbatch, self, *self.weights())
 
 
 @contextmanager
@@ -120,6 +124,35 @@ def test_padding_and_put_off_gradients(sizes: Any, arguments: Any, shape: Any) -
     sink.run(put_off)
     torch.testing.assert_close(ours.weight.main_grad, plain.weight.main_grad)
     assert ours.weight.grad is None
+
+
+@pytest.mark.parametrize("stale", [True, False])
+@pytest.mark.parametrize(("backwards", "weights"), [((0, 1, 2), (0, 1, 2)), ((1, 0, 2), (1, 0, 2)),
+                                                    ((2, 1, 0), (0, 1, 2)), ((0, 1, 2), (2, 1, 0))])  # fmt: skip
+@pytest.mark.parametrize(("sizes", "arguments"), [((48, 32), ()), ((3, 48, 32), ((130, 0, 5),))])
+def test_gradients_add_up_in_any_order_of_micro_batches(
+    sizes: Any, arguments: Any, backwards: tuple[int, ...], weights: tuple[int, ...], stale: bool
+) -> None:
+    """The forward that rounds the weight need not be the first to give a weight gradient, in a schedule from a file."""
+    plain, ours = pair(*sizes)
+    sink = DeferredSink()
+    set_sink(ours, sink)
+    for step in range(2):
+        for layer in (plain, ours):
+            main_grad(layer.weight).fill_(7.0)  # of the step before
+            (forget if stale else lambda weight: main_grad(weight).zero_())(layer.weight)
+        weights_changed(nn.ModuleList([ours]))
+        inputs = [torch.randn(135, 48, generator=torch.Generator().manual_seed(10 * step + i)) for i in range(3)]
+        outputs = [ours(x.requires_grad_(), *arguments) for x in inputs]
+        put_off: dict[int, Any] = {number: [] for number in backwards}
+        for number in backwards:
+            plain(inputs[number].detach(), *arguments).square().sum().backward()
+            with sink.collecting(put_off[number]):
+                outputs[number].square().sum().backward()
+        for number in weights:
+            sink.run(put_off[number])
+        torch.testing.assert_close(main_grad(ours.weight), main_grad(plain.weight))
+    assert not ours.fp8.overwrites and ours.fp8.module.first == [True, False, False] * 2
 
 
 def test_weights_are_rounded_once_a_step() -> None:
@@ -251,7 +284,7 @@ def test_every_call_fits_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert len(checked) == 6
     for call, function, extra in checked:
         assert fits(call, function, extra), f"{ast.unparse(call)} does not fit {parameters(function)}"
-    assert calls("module.backward_dw") and not parameters(
+    assert calls("self._layer.module.backward_dw") and not parameters(
         function_of(base, "TransformerEngineBaseModule", "backward_dw")
     )
     assert parameters(function_of(grouped, "GroupedLinear", "forward"))[:2] == ["inp", "m_splits"]
