@@ -5,6 +5,7 @@ nothing in BF16. The weight gradient's 128x1 tiles are made from that when the c
 With less memory (`FP8Layer.call_again`, `hold_rounded`) the same numbers are rounded at another time, to the same bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -75,13 +76,13 @@ class RoundedWeight:
         self._rounded: Any = None
         self._sample: Tensor | None = None
 
-    def get(self, weight: Tensor, quantiser: Quantiser, products: Products[Any]) -> Any:
-        """The rounded form, made if there is none."""
+    def get(self, weight: Tensor, rounded: Callable[[Tensor], Any]) -> Any:
+        """The rounded form, which `rounded` makes if there is none."""
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)]
         if self._rounded is None:
-            self._rounded, self._sample = round_weight(weight, quantiser, products), sample.clone()
-        elif self._sample is None or not torch.equal(sample, self._sample):
+            self._rounded, self._sample = rounded(weight), sample.clone()
+        elif self._sample is None or not torch.equal(_bits(sample), _bits(self._sample)):
             raise StaleWeight(
                 f"a weight of shape {tuple(weight.shape)} changed after it was rounded to FP8: call "
                 "model.fp8.linear.weights_changed(model) after every update, or set weights_per_step=False"
@@ -91,6 +92,11 @@ class RoundedWeight:
     def drop(self) -> None:
         """Round anew at the next use."""
         self._rounded = self._sample = None
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Its bits as integers: NaN is equal to itself."""
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def round_weight(weight: Tensor, quantiser: Quantiser, products: Products[Any]) -> Any:
@@ -154,9 +160,12 @@ class FP8Layer:
 
     def weight(self, weight: Tensor) -> Any:
         """The weight in 128x128 blocks."""
-        if self.recipe.weights_per_step:
-            return self.kept.get(weight, self.weight_blocks, self.products)
-        return round_weight(weight, self.weight_blocks, self.products)
+        return self.kept.get(weight, self._rounded) if self.recipe.weights_per_step else self._rounded(weight)
+
+    def _rounded(self, weight: Tensor) -> Any:
+        rounded = round_weight(weight, self.weight_blocks, self.products)
+        self.watch.check_rounded(self.name, "weight", rounded)
+        return rounded
 
     def weights_changed(self) -> None:
         """Round the weight anew at its next use."""

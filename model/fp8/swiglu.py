@@ -45,6 +45,7 @@ class _SwiGLULinear(torch.autograd.Function):
         activated = swiglu(rows, _flat(row_weights))
         layer.watch_input(activated, weight, counts)
         hidden = layer.products.rounded(layer.input_rows, activated, counts)
+        layer.watch.check_rounded(layer.name, "input", hidden)
         y = layer.products.fprop(hidden, layer.weight(weight))
         return y.to(gate_up.dtype).view(*gate_up.shape[:-1], y.shape[1])
 

@@ -8,8 +8,12 @@ import torch
 from model.fp8.apply import apply_fp8, fp8_linears
 from model.fp8.config import FP8Config
 from model.fp8.formats import Tile
+from model.fp8.linear import FP8Layer, FP8Recipe, weights_changed
 from model.fp8.quantise import Quantiser
+from model.fp8.swiglu import FP8SwiGLU
 from model.fp8.watch import TensorStats, Watch, tensor_stats, worst
+from model.linear import GroupedLinear
+from model.mlp import swiglu
 from tests.model.fp8.test_apply import built, loss_of
 
 
@@ -61,6 +65,41 @@ def test_first_non_finite_tensor_is_named() -> None:
         model.get_parameter("layers.2.self_attn.q_a_layernorm.weight")[5] = math.inf
     assert not torch.isfinite(loss_of(model))
     assert watch.first_non_finite is not None and "layers.2.self_attn.q_b_proj" in watch.first_non_finite
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("recompute_swiglu", [True, False])
+def test_a_router_weight_that_is_not_finite_shows_in_the_down_projection(recompute_swiglu: bool, exact: bool) -> None:
+    """It enters between the SwiGLU's input, which is finite, and the product."""
+    watch, linear = Watch(), GroupedLinear(2, 160, 96)
+    torch.nn.init.normal_(linear.weight)
+    layer = FP8Layer(FP8Recipe(exact=exact, native=False), "layers.1.mlp.experts.down_proj", watch)
+    linear.fp8 = layer
+    gate_up, row_weights = torch.randn(8, 320), torch.ones(8)
+    row_weights[5] = math.nan
+    if recompute_swiglu:
+        FP8SwiGLU(layer)(gate_up, linear, row_weights, (3, 5))
+    else:
+        linear(swiglu(gate_up, row_weights), (3, 5))
+    assert watch.first_non_finite == "input of layers.1.mlp.experts.down_proj (tile 5, 0)"
+
+
+@pytest.mark.parametrize("per_step", [True, False])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_weight_that_is_not_finite_is_named(exact: bool, per_step: bool) -> None:
+    model, watch = built(fp8=False), Watch()
+    backend = "oracle_exact" if exact else "oracle_fast"
+    apply_fp8(model, FP8Config(backend, native=False, weights_per_step=per_step), watch=watch)
+    loss_of(model)
+    assert watch.first_non_finite is None
+    with torch.no_grad():
+        model.get_parameter("layers.1.mlp.experts.gate_up_proj.weight")[3, 0, 0] = math.nan
+    weights_changed(model)
+    for _ in range(2):  # the second finds the weight as it was rounded, NaN or not
+        loss_of(model)
+    rows = model.get_parameter("layers.1.mlp.experts.gate_up_proj.weight").shape[1]
+    tile = 3 * -(-rows // 128)  # blocks start anew at every expert
+    assert watch.first_non_finite == f"weight of layers.1.mlp.experts.gate_up_proj (tile {tile}, 0)"
 
 
 @pytest.mark.parametrize("exact", [False, True])
