@@ -26,5 +26,6 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, weights_R: Tensor, counts: tuple[int, ...]) -> Tensor:
         """rows_RD sorted by expert, counts[e] rows each, with router weights -> weighted outputs [R, D]."""
         if self.swiglu_down is not None:
-            return self.swiglu_down(self.gate_up_proj(rows_RD, counts), self.down_proj, weights_R, counts)
+            gate_up = self.gate_up_proj(rows_RD, counts)
+            return self.swiglu_down(gate_up, self.down_proj, weights_R, counts, self.rowwise)
         return self.down_proj(swiglu(self.gate_up_proj(rows_RD, counts), weights_R, self.rowwise), counts)

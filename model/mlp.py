@@ -47,8 +47,12 @@ class SwiGLUDown(Protocol):
         down: Linear | GroupedLinear,
         row_weights: Tensor | None = None,
         counts: tuple[int, ...] | None = None,
+        rowwise: Rowwise = TORCH,
     ) -> Tensor:
-        """gate_up [..., 2F] and maybe a weight for each row -> [..., out]; counts: rows of each expert."""
+        """gate_up [..., 2F] and maybe a weight for each row -> [..., out]; counts: rows of each expert.
+
+        rowwise: the caller's kernels, of the time of the call.
+        """
         ...
 
 
@@ -56,19 +60,18 @@ class SwiGLUDown(Protocol):
 class RecomputedSwiGLU:
     """Keeps the SwiGLU's input as it is; its output is computed again for the down projection's weight gradient."""
 
-    rowwise: Rowwise = TORCH
-
     def __call__(
         self,
         gate_up: Tensor,
         down: Linear | GroupedLinear,
         row_weights: Tensor | None = None,
         counts: tuple[int, ...] | None = None,
+        rowwise: Rowwise = TORCH,
     ) -> Tensor:
         """See `SwiGLUDown`."""
-        hidden = swiglu(gate_up, row_weights, self.rowwise)
+        hidden = swiglu(gate_up, row_weights, rowwise)
         kept, weights = gate_up.detach(), None if row_weights is None else row_weights.detach()
-        again = Dropped(lambda: (swiglu(kept, weights, self.rowwise),)).part(0)
+        again = Dropped(lambda: (swiglu(kept, weights, rowwise),)).part(0)
         return project(down, hidden, again, counts)
 
 
@@ -87,5 +90,5 @@ class MLP(nn.Module):
         """x [..., D] -> [..., D]; x_again: x for the backward, where it is not to be kept."""
         gate_up = project(self.gate_up_proj, x, x_again)
         if self.swiglu_down is not None:
-            return self.swiglu_down(gate_up, self.down_proj)
+            return self.swiglu_down(gate_up, self.down_proj, rowwise=self.rowwise)
         return self.down_proj(swiglu(gate_up, None, self.rowwise))

@@ -20,7 +20,7 @@ from model.mlp import MLP, RecomputedSwiGLU, SwiGLUDown
 
 
 def keep_less(model: nn.Module) -> None:
-    """Let every layer of `model` (a stage, or all of it) keep so little; after `apply_fp8` and `apply_rowwise`.
+    """Let every layer of `model` (a stage, or all of it) keep so little; after `apply_fp8`.
 
     Gradients stay the same to the bit, but for a back end of FP8 that would keep the SwiGLU's input wide.
     """
@@ -42,5 +42,5 @@ def _swiglu_down(module: MLP | Experts) -> SwiGLUDown:
     if isinstance(layer, FP8Layer):
         return FP8SwiGLU(layer)
     if layer is not None:  # with an exponent a tile, whatever the products' scales are
-        return CachedSwiGLU(Quantiser(Tile.ROW, Scales.POWER_OF_TWO), module.rowwise)
-    return RecomputedSwiGLU(module.rowwise)
+        return CachedSwiGLU(Quantiser(Tile.ROW, Scales.POWER_OF_TWO))
+    return RecomputedSwiGLU()

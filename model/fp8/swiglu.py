@@ -5,6 +5,7 @@ those of the activation at the rounded input, as a kernel that reads the cache w
 function over an `FP8Layer`; `CachedSwiGLU` leaves the projection to whatever computes it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,6 @@ from model.fp8.formats import QuantisedTensor
 from model.fp8.linear import FP8Layer, from_tensors, tensors_of
 from model.fp8.quantise import Quantiser
 from model.linear import GroupedLinear, Linear
-from model.mlp import swiglu
 from model.rowwise.kernels import TORCH, Rowwise
 from model.weight_grad import WeightGradSink
 
@@ -33,6 +33,7 @@ class _SwiGLULinear(torch.autograd.Function):
         sink: WeightGradSink,
         counts: tuple[int, ...] | None,
         layer: FP8Layer,
+        rowwise: Rowwise,
     ) -> Tensor:
         rows = gate_up.flatten(0, -2)
         counts = (len(rows),) if counts is None else counts
@@ -41,8 +42,8 @@ class _SwiGLULinear(torch.autograd.Function):
         layer.watch.check(layer.name, "swiglu_input", kept.scales)
         ctx.like = (kept.tile, kept.rows)
         ctx.save_for_backward(weight, row_weights, *tensors_of(kept))
-        ctx.sink, ctx.counts, ctx.layer = sink, counts, layer
-        activated = swiglu(rows, _flat(row_weights))
+        ctx.sink, ctx.counts, ctx.layer, ctx.rowwise = sink, counts, layer, rowwise
+        activated = rowwise.swiglu(rows, _flat(row_weights))
         layer.watch_input(activated, weight, counts)
         hidden = layer.products.rounded(layer.input_rows, activated, counts)
         layer.watch.check_rounded(layer.name, "input", hidden)
@@ -53,34 +54,40 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         weight, row_weights, *tensors = ctx.saved_tensors
-        layer, counts, grad_RO = ctx.layer, ctx.counts, grad.flatten(0, -2)
+        layer, counts, rowwise, dtype = ctx.layer, ctx.counts, ctx.rowwise, grad.dtype
+        grad_RO = grad.flatten(0, -2)
         layer.watch_gradient(grad_RO, counts)
         kept = from_tensors(tuple(tensors), ctx.like)
         assert isinstance(kept, QuantisedTensor)
         rounded = layer.products.rounded(layer.gradient_rows, grad_RO, counts)
         layer.watch.check_rounded(layer.name, "gradient", rounded)
-        grad_hidden = layer.products.dgrad(rounded, layer.weight(weight)).to(grad.dtype)
-        with torch.enable_grad():
-            gate_up = _wide(layer, kept, grad.dtype).requires_grad_()
-            factors = None if row_weights is None else row_weights.detach().flatten().requires_grad_()
-            hidden = swiglu(gate_up, factors)
-        inputs = [gate_up] if factors is None else [gate_up, factors]
-        grad_gate_up, *grad_factors = torch.autograd.grad(hidden, inputs, grad_hidden)
+        grad_hidden = layer.products.dgrad(rounded, layer.weight(weight)).to(dtype)
+        factors = _flat(row_weights)
+
+        def hidden() -> Tensor:
+            return rowwise.swiglu(_wide(layer, kept, dtype), factors)
+
+        gradient = rowwise.swiglu_backward(_wide(layer, kept, dtype), factors, grad_hidden)
         if ctx.needs_input_grad[2]:
-            held = layer.held_gradient(grad_RO, counts)
-            columns = layer.input_columns.quantise(hidden.detach(), counts) if layer.hold_rounded else None
+            held, columns = layer.held_gradient(grad_RO, counts), _columns(layer, hidden, counts)
 
             def add(acc: Tensor) -> None:
-                if columns is None:
-                    again = swiglu(_wide(layer, kept, grad.dtype), _flat(row_weights))
-                    right = layer.products.rounded(layer.input_columns, again, counts)
-                else:
-                    right = layer.products.requantised(layer.input_columns, columns)
-                layer.products.add_wgrad(acc, layer.gradient_operand(held, counts), right)
+                layer.products.add_wgrad(acc, layer.gradient_operand(held, counts), columns())
 
             ctx.sink.put(weight, add)
-        grad_rows = grad_factors[0].view(row_weights.shape) if row_weights is not None else None
-        return grad_gate_up.view(*grad.shape[:-1], grad_gate_up.shape[1]), grad_rows, None, None, None, None
+        grad_rows = None
+        if row_weights is not None and gradient.weights is not None:
+            grad_rows = gradient.weights.view(row_weights.shape)
+        grad_gate_up = gradient.gate_up.view(*grad.shape[:-1], gradient.gate_up.shape[1])
+        return grad_gate_up, grad_rows, None, None, None, None, None
+
+
+def _columns(layer: FP8Layer, hidden: Callable[[], Tensor], counts: tuple[int, ...]) -> Callable[[], Any]:
+    """The SwiGLU's output in the tiles of Wgrad for when it runs; rounded at once where that is what may wait."""
+    if layer.hold_rounded:
+        columns = layer.input_columns.quantise(hidden(), counts)
+        return lambda: layer.products.requantised(layer.input_columns, columns)
+    return lambda: layer.products.rounded(layer.input_columns, hidden(), counts)
 
 
 def _flat(row_weights: Tensor | None) -> Tensor | None:
@@ -99,12 +106,13 @@ def swiglu_linear(
     sink: WeightGradSink,
     row_weights: Tensor | None = None,
     counts: tuple[int, ...] | None = None,
+    rowwise: Rowwise = TORCH,
 ) -> Tensor:
     """linear(silu(gate) * up * row weight) of gate_up [..., 2F], keeping gate_up in FP8 alone for backward.
 
     weight [out, F], or [groups, out, F] with counts rows each. layer: of the linear; its `input_cache` has no say here.
     """
-    return _SwiGLULinear.apply(gate_up, row_weights, weight, sink, counts, layer)  # type: ignore[return-value]
+    return _SwiGLULinear.apply(gate_up, row_weights, weight, sink, counts, layer, rowwise)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,17 @@ class FP8SwiGLU:
         down: Linear | GroupedLinear,
         row_weights: Tensor | None = None,
         counts: tuple[int, ...] | None = None,
+        rowwise: Rowwise = TORCH,
     ) -> Tensor:
         """See `model.mlp.SwiGLUDown`."""
         return swiglu_linear(
-            gate_up, down.weight, layer=self.layer, sink=down.sink, row_weights=row_weights, counts=counts
+            gate_up,
+            down.weight,
+            layer=self.layer,
+            sink=down.sink,
+            row_weights=row_weights,
+            counts=counts,
+            rowwise=rowwise,
         )
 
 
@@ -159,7 +174,6 @@ class CachedSwiGLU:
     """
 
     rows: Quantiser
-    rowwise: Rowwise = TORCH
 
     def __call__(
         self,
@@ -167,12 +181,13 @@ class CachedSwiGLU:
         down: Linear | GroupedLinear,
         row_weights: Tensor | None = None,
         counts: tuple[int, ...] | None = None,
+        rowwise: Rowwise = TORCH,
     ) -> Tensor:
         """See `model.mlp.SwiGLUDown`."""
         matrix, weights = gate_up.flatten(0, -2), _flat(row_weights)
         kept = self.rows.quantise(matrix.detach(), counts)
         like, dtype = ((kept.tile, kept.rows), self.rows), gate_up.dtype
-        hidden: Tensor = _CachedSwiGLU.apply(matrix, weights, kept.values, kept.scales, like, self.rowwise)  # type: ignore
+        hidden: Tensor = _CachedSwiGLU.apply(matrix, weights, kept.values, kept.scales, like, rowwise)  # type: ignore
         plain = None if weights is None else weights.detach()
-        again = Dropped(lambda: (self.rowwise.swiglu(self.rows.widen(kept).to(dtype), plain),)).part(0)
+        again = Dropped(lambda: (rowwise.swiglu(self.rows.widen(kept).to(dtype), plain),)).part(0)
         return project(down, hidden.view(*gate_up.shape[:-1], hidden.shape[1]), again, counts)

@@ -1,17 +1,27 @@
 """SwiGLU kept in FP8 and recomputed: against the same function in separate steps, its bytes and its error."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.experts import Experts
+from model.fp8.apply import apply_fp8
+from model.fp8.config import FP8Config
 from model.fp8.formats import Scales
 from model.fp8.linear import FP8Layer, FP8Recipe
 from model.fp8.swiglu import swiglu_linear
 from model.linear import GroupedLinear, Linear
-from model.mlp import swiglu
+from model.mlp import MLP, swiglu
+from model.recompute import keep_less
+from model.rowwise.apply import apply_rowwise
+from model.rowwise.kernels import TORCH, Rowwise, SwiGLUGradient
+from model.rowwise.native import NativeRowwise
 from model.weight_grad import main_grad
 from tests.model.fp8.data import relative_error, wild
-from tests.model.fp8.test_linear import layer_of, saved_bytes
+from tests.model.fp8.test_linear import Later, layer_of, saved_bytes
 
 
 def run(linear: Linear | GroupedLinear, gate_up: Tensor, weights: Tensor | None, counts: tuple[int, ...] | None,
@@ -69,3 +79,54 @@ def test_keeps_fp8_of_its_input_and_nothing_of_its_output() -> None:
     assert kept == 64 * (1024 + 8)
     wide = saved_bytes(lambda: linear(swiglu(gate_up)), linear.weight)
     assert wide == 64 * (2048 + 1024)
+
+
+def test_a_weight_gradient_that_waits_holds_nothing_wide() -> None:
+    linear, later = layer_of(None, 96, 160, torch.bfloat16), Later()
+    gate_up, grad = wild((128, 320), seed=6, octaves=0).requires_grad_(), wild((128, 96), seed=7, octaves=0)
+    layer = FP8Layer(FP8Recipe(), hold_rounded=True)
+    swiglu_linear(gate_up, linear.weight, layer=layer, sink=later).backward(grad)
+    seen = weakref.ref(grad.untyped_storage())
+    del grad
+    gc.collect()
+    assert seen() is None and len(later.closures) == 1
+    acc = torch.zeros(linear.weight.shape)
+    later.closures[0](acc)
+    assert acc.any()
+
+
+@pytest.mark.parametrize(("fp8", "report"), [(True, False), (True, True), (False, True)])
+def test_kernels_given_afterwards_are_used(fp8: bool, report: bool) -> None:
+    """`apply_rowwise` comes after `apply_fp8`, and may come after `keep_less`."""
+    calls: list[str] = []
+
+    class Counting(NativeRowwise):
+        def swiglu(self, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+            calls.append("forward")
+            return super().swiglu(gate_up, weights)
+
+        def swiglu_backward(self, gate_up: Tensor, weights: Tensor | None, grad: Tensor) -> SwiGLUGradient:
+            calls.append("backward")
+            return super().swiglu_backward(gate_up, weights, grad)
+
+    def results(kernels: Rowwise) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        mlp, experts = MLP(48, 96), Experts(48, 32, range(2))
+        both = nn.ModuleList([mlp, experts])
+        for parameter in both.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=draw)
+        if fp8:
+            apply_fp8(both, FP8Config("oracle_exact", native=False))
+        if report:
+            keep_less(both)
+        apply_rowwise(both, kernels)
+        x, weights = torch.randn(7, 48, generator=draw).requires_grad_(), torch.rand(7, generator=draw).requires_grad_()
+        out = experts(mlp(x), weights, (3, 4))
+        out.square().sum().backward()
+        assert x.grad is not None and weights.grad is not None
+        return [out.detach(), x.grad, weights.grad, *(main_grad(parameter) for parameter in both.parameters())]
+
+    plain, ours = results(TORCH), results(Counting())
+    assert calls.count("backward") == 2 and calls.count("forward") == 4  # each once more for its weight gradient
+    for found, wanted in zip(ours, plain, strict=True):
+        assert relative_error(found, wanted) < 1e-5
