@@ -12,6 +12,16 @@ import pytest
 VERSION = "2.20.2"
 
 
+def published_versions() -> list[str]:
+    """Versions of Transformer Engine that the package index has; skips where it cannot be asked."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "index", "versions", "transformer_engine"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    _, told, versions = found.stdout.partition("Available versions:")
+    if found.returncode or not told:
+        pytest.skip(f"no list of versions: {(found.stderr.strip() or found.stdout.strip()).splitlines()[-1]}")
+    return [version.strip() for version in versions.partition("\n")[0].split(",")]
+
+
 def transformer_engine_wheel(folder: Path) -> Iterator[zipfile.ZipFile]:
     """The opened wheel, fetched to `folder` (1.2 MB); skips where it cannot be had."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder)]
@@ -31,6 +41,11 @@ def function_of(tree: ast.Module, owner: str | None, name: str) -> ast.FunctionD
     """A function, or a method of the class `owner`."""
     scopes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner] if owner else [tree]
     return next(n for scope in scopes for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def class_of(tree: ast.Module, name: str) -> ast.ClassDef:
+    """A class of the file."""
+    return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:

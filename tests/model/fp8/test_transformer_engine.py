@@ -2,6 +2,7 @@
 
 import ast
 import queue
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,17 @@ from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import forget, main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
-from tests.model.wheel import VERSION, calls_of, fits, function_of, parameters, parsed, transformer_engine_wheel
+from tests.model.wheel import (
+    VERSION,
+    calls_of,
+    class_of,
+    fits,
+    function_of,
+    parameters,
+    parsed,
+    published_versions,
+    transformer_engine_wheel,
+)
 
 
 class _Product(torch.autograd.Function):
@@ -264,9 +275,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 @pytest.mark.slow
+def test_every_published_version_that_is_taken_was_looked_at() -> None:
+    since, until = (backends.numbers(text) for text in (TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL))
+    taken = [version for version in published_versions() if since <= backends.numbers(version) < until]
+    assert taken == [VERSION], "hold the adapter to the new version too"
+
+
+@pytest.mark.slow
 def test_every_call_fits_the_wheel(wheel: zipfile.ZipFile) -> None:
-    assert (2, 20) == tuple(map(int, TRANSFORMER_ENGINE_FROM.split("."))) < (2, 21), "check the new versions too"
-    assert TRANSFORMER_ENGINE_UNTIL == "2.21"
     linear, grouped = parsed(wheel, "pytorch/module/linear.py"), parsed(wheel, "pytorch/module/grouped_linear.py")
     base, quantization = parsed(wheel, "pytorch/module/base.py"), parsed(wheel, "pytorch/quantization.py")
     given = options()
@@ -291,6 +307,17 @@ def test_every_call_fits_the_wheel(wheel: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.slow
+def test_a_first_micro_batch_overwrites_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    """The manners of the stand-in, and of which the adapter knows: first in, first out; written or added."""
+    for file, places in (("linear", 1), ("grouped_linear", 2)):
+        statements = ast.unparse(parsed(wheel, f"pytorch/module/{file}.py"))
+        assert len(re.findall(r"fuse_wgrad_accumulation and \(?not \w+\.is_first_microbatch", statements)) == places
+        assert re.search(r"accumulate'?[=:] ?\(?accumulate_wgrad_into_param_main_grad if", statements)
+    store = class_of(parsed(wheel, "pytorch/module/_common.py"), "WeightGradStore")
+    assert "self.context = queue.Queue()" in ast.unparse(store)
+
+
+@pytest.mark.slow
 def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
     imports = [n for n in ast.walk(parsed(wheel, "pytorch/__init__.py")) if isinstance(n, ast.ImportFrom)]
     exported = {alias.name for statement in imports for alias in statement.names}
@@ -300,7 +327,7 @@ def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
     grouped = ast.unparse(function_of(parsed(wheel, "pytorch/module/grouped_linear.py"), "GroupedLinear", "__init__"))
     assert "f'weight{i}'" in grouped
     recipes = parsed(wheel, "common/recipe/__init__.py")
-    (recipe,) = [n for n in recipes.body if isinstance(n, ast.ClassDef) and n.name == "Float8BlockScaling"]
+    recipe = class_of(recipes, "Float8BlockScaling")
     fields = {ast.unparse(n.targets[0]) if isinstance(n, ast.Assign) else ast.unparse(n.target)
               for n in recipe.body if isinstance(n, ast.Assign | ast.AnnAssign)}  # fmt: skip
     assert {"fp8_quant_fwd_inp", "use_f32_scales"} <= fields
@@ -311,8 +338,7 @@ def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
     contract = ast.parse((Path(__file__).parents[2] / "gpu" / "test_te_contract.py").read_text())
     (made,) = [n for n in ast.walk(contract) if isinstance(n, ast.Call) and "BlockQuantizer" in ast.unparse(n.func)]
     assert fits(made, quantizer)
-    (params,) = [n for n in recipes.body if isinstance(n, ast.ClassDef) and n.name == "QParams"]
-    assert "power_2_scale" in ast.unparse(params)
+    assert "power_2_scale" in ast.unparse(class_of(recipes, "QParams"))
 
 
 @pytest.mark.slow
