@@ -161,7 +161,7 @@ def _transposed(tensor: QuantisedTensor) -> _Scaled:
 
 
 def _scaled_product(left: _Scaled, right: _Scaled) -> Tensor:
-    result = torch.zeros(len(left.values), len(right.values))
+    result = torch.zeros(len(left.values), len(right.values), device=left.values.device)
     for block, start in enumerate(range(0, left.values.shape[1], TILE_SIZE)):
         part = slice(start, start + TILE_SIZE)
         partial = (left.values[:, part] @ right.values[:, part].t()).float()

@@ -94,7 +94,7 @@ def wgrad(grad: QuantisedTensor, x: QuantisedTensor, product: Product = exact_pr
 def hopper_product(left: Factor, right: Factor) -> Tensor:
     """As `exact_product`, with the tensor core's sum inside a block of 128: `hopper_accumulate`, promoted."""
     _check_lengths(left, right)
-    result = torch.zeros(len(left.values), len(right.values))
+    result = torch.zeros(len(left.values), len(right.values), device=left.values.device)
     for block, (start, stop) in enumerate(left.bounds):
         sides = (Factor(side.values[:, start:stop], side.scales) for side in (left, right))
         partial = hopper_accumulate(*sides, promote_every=None)
@@ -139,8 +139,8 @@ def hopper_accumulate(
     parts = []
     for top in range(0, num_outer, step):
         rows = left.values[top : top + step]
-        total = torch.zeros(len(rows), num_inner)
-        running = torch.zeros(len(rows), num_inner, dtype=torch.float64)
+        total = torch.zeros(len(rows), num_inner, device=rows.device)
+        running = torch.zeros(len(rows), num_inner, dtype=torch.float64, device=rows.device)
         for start in range(0, rows.shape[1], INSTRUCTION_LENGTH):
             if promote_every is not None and start and start % promote_every == 0:
                 total += running.float()

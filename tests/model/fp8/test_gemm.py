@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 
+from model.fp8 import reference
 from model.fp8.formats import Layout, Scales, Tile
 from model.fp8.gemm import ExactProducts, FastProducts
 from model.fp8.quantise import Quantiser
 from tests.model.fp8.data import KERNELS, relative_error, wild
 
+FORMS = (
+    reference.exact_product,
+    reference.hopper_product,
+    reference.hopper_accumulate,
+    reference.unpromoted_product,
+)
 CASES = [((300,), 192, 64), ((5,), 130, 257), ((70, 0, 131), 96, 200), ((512,), 384, 512)]
 
 
@@ -60,3 +67,21 @@ def test_operands_hold_exactly_what_was_quantised(scales: Scales) -> None:
         tensor, operand = Quantiser(tile, scales, kernels=kernels).both(wild((130, 140), seed=4, octaves=5))
         wanted = tensor.dequantise(torch.float32) if operand.scales is None else tensor.values.float()
         assert torch.equal(operand.values.float(), wanted)
+
+
+def test_sums_are_made_where_the_operands_are() -> None:
+    """With another default device, as tensors on a GPU see it."""
+    counts, column = (70, 58), Quantiser(Tile.COLUMN, Scales.FP32)
+    grad, x = (wild((128, size), seed=size, octaves=0) for size in (24, 40))
+    operands = [column.operand(tensor, counts) for tensor in (grad, x)]
+    factors = [reference.along_rows(column.quantise(tensor)) for tensor in (grad, x)]
+
+    def results() -> list[torch.Tensor]:
+        acc = operands[0].values.new_zeros(2, 24, 40, dtype=torch.float32)
+        FastProducts().add_wgrad(acc, operands[0], operands[1])
+        return [acc, *(form(*factors) for form in FORMS)]
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
