@@ -63,8 +63,9 @@ def test_what_is_recomputed_is_not_shown_as_kept(precision: str, level: str, kep
         down = {(r.tensor, r.use) for r in rows if r.module == "experts.down_proj"}
         assert ("SwiGLU input", "kept") in down and ("input", "kept") not in down
         formula = {k.what: k.per_token for k in kept_by_layer(MODEL, Precision(precision, FP8Config()), moe=True,
-                                                             recompute="report")}  # fmt: skip
-        assert all(formula[f"{r.module} {r.tensor}"] == r.bytes for r in rows if r.use == "kept" and r.module)
+                                                             recompute="report") if k.per_token}  # fmt: skip
+        shown = {f"{r.module} {r.tensor}".strip(): r.bytes for r in rows if r.use == "kept" and r.per == "token"}
+        assert formula == {what: size for what, size in shown.items() if size}
 
 
 def test_the_table_says_what_is_computed_again(capsys: Any) -> None:
@@ -72,6 +73,31 @@ def test_the_table_says_what_is_computed_again(capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "parallel.recompute=report" in said and max(map(len, said.splitlines())) <= 80
     assert any(line.split()[:4] == ["input", "again", "E4M3", "1x128"] for line in said.splitlines())
+
+
+def test_the_table_has_what_is_around_the_layers_and_its_notes(capsys: Any) -> None:
+    assert main(["precision", "experiment=tiny", "train.precision=fp8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = {name: next(i for i, line in enumerate(lines) if line.split()[:1] == [name]) for name in ("MTP", "around")}
+    mtp, around = lines[heads["MTP"] : heads["around"]], lines[heads["around"] :]
+    assert {"  enorm", "  hnorm", "  eh_proj", "  norm"} <= set(mtp) and {"  norm", "  lm_head"} <= set(around)
+    assert any(line.startswith("  as above: input_layernorm, ") for line in mtp)
+    number = next(line.split()[0] for line in lines if line.endswith("products of the router are in FP32"))
+    router = lines[lines.index("  router") + 1 :]
+    (weight,) = [line for line in router[:3] if line.split()[:2] == ["weight", number]]
+    assert "FP32" in weight
+    marks = {word for line in lines for word in line.split() if word.startswith("[") and word.endswith("]")}
+    assert marks == {line.split()[0] for line in lines if line.startswith("[")}
+
+
+@pytest.mark.parametrize("level", ["none", "report", "attend", "layer"])
+def test_back_ends_of_a_gpu_are_named_and_fit(capsys: Any, level: str) -> None:
+    engine = ["fp8.backend=transformer_engine", "fp8.input_cache=wide", "fp8.attention_cache=wide"]
+    given = ["fp8.recompute_swiglu=false", "fp8.grouped=deep_gemm", f"parallel.recompute={level}"]
+    assert main(["precision", "experiment=deepseek_v3_2048_h800", *engine, *given]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80 and "E5M6" not in said
+    assert "fp8.backend=transformer_engine" in said and "fp8.grouped=deep_gemm" in said
 
 
 def fp8_modules(model: ModelConfig, fp8: FP8Config) -> set[str]:
@@ -103,7 +129,8 @@ def test_bytes_of_what_is_kept_are_those_of_the_tensors(keys: dict[str, Any]) ->
     model = Transformer(MODEL)
     apply_fp8(model, fp8)
     rows = {row.module: row for row in precision_map(MODEL, Precision("fp8", fp8))
-            if row.layer == "dense layer" and row.use == "kept" and row.tensor == "input"}  # fmt: skip
+            if row.layer == "dense layer" and row.use == "kept" and row.tensor == "input"
+            and not row.module.endswith("norm")}  # fmt: skip
     assert len(rows) == 7
     for name, row in rows.items():
         linear = next(layer for full, layer in fp8_linears(model).items() if full.endswith(f"0.self_attn.{name}")
