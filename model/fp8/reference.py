@@ -6,8 +6,8 @@
 
 Over every block of 128 of the contracted dimension the products of E4M3 values are summed exactly and rounded to FP32
 once (a float64 sum is exact: 128 products are multiples of 2^-18 below 2^25); then (sum * left scale) * right scale is
-added to the result in FP32, blocks in order, as the released fp8_gemm does. A GPU's sum inside a block differs by what
-its tensor core drops, which `hopper_accumulate` models apart.
+added to the result in FP32, blocks in order, as the released fp8_gemm does (a test runs its source, its `dot` taken as
+exact). A GPU's sum inside a block differs by what its tensor core drops, which `hopper_accumulate` models apart.
 """
 
 from __future__ import annotations

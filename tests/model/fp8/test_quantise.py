@@ -1,11 +1,6 @@
 """The quantisers against ml_dtypes, exact fractions, torch's casts and the released kernel run from its source."""
 
 import itertools
-import os
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,8 +14,8 @@ from hypothesis import strategies as st
 from model.fp8.formats import Layout, QuantisedTensor, Rows, Scales, Tile, scale_shape
 from model.fp8.quantise import Kernels, Quantiser, first_non_finite
 from tests.model.fp8.data import KERNELS, all_bf16, oracle_codes, oracle_scales, relative_error, same_bits, wild
+from tests.model.fp8.published import run_published
 
-PUBLISHED = "https://raw.githubusercontent.com/deepseek-ai/DeepSeek-V3/9b4e9788e4a3a731f7567338ed15d3ec549ce03b/"
 EVERY = list(itertools.product(Tile, Scales))
 kernels_of_both = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
 
@@ -237,26 +232,11 @@ def test_bad_input_is_named() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
 def test_the_released_act_quant_run_from_its_source(kernels: Kernels, tmp_path: Path) -> None:
-    """EXPERTPIPE_DEEPSEEK_V3: a checkout of deepseek-ai/DeepSeek-V3; fetched from GitHub where it is not set."""
-    source = tmp_path / "kernel.py"
-    checkout = os.environ.get("EXPERTPIPE_DEEPSEEK_V3")
-    if checkout:
-        source = Path(checkout) / "inference" / "kernel.py"
-    else:
-        try:
-            with urllib.request.urlopen(PUBLISHED + "inference/kernel.py", timeout=20) as response:
-                source.write_bytes(response.read())
-        except (urllib.error.URLError, TimeoutError) as error:
-            pytest.skip(f"GitHub is out of reach ({error}) and EXPERTPIPE_DEEPSEEK_V3 is not set")
     every = all_bf16()
     exhaustive = torch.zeros(len(every), 128, dtype=torch.bfloat16)
     exhaustive[:, 0], exhaustive[:, 5] = every, 3.0
     x = torch.cat([exhaustive, *(wild((2000, 128), seed=8, octaves=octaves) for octaves in (0.0, 5.0, 20.0))])
-    np.savez(tmp_path / "in.npz", x=x.view(torch.int16).numpy())
-    script = Path(__file__).parent / "run_published.py"
-    paths = [str(path) for path in (source, tmp_path / "in.npz", tmp_path / "out.npz")]
-    subprocess.run([sys.executable, str(script), *paths], check=True)
-    published = np.load(tmp_path / "out.npz")
+    published = run_published(tmp_path, x=x.view(torch.int16).numpy())
     for scales in Scales:
         tensor = Quantiser(Tile.ROW, scales, kernels=kernels).quantise(x)
         assert (tensor.wide_scales.numpy() == published[f"{scales.value}_scales"]).all()

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from model.fp8.formats import QuantisedTensor, Scales, Tile
 from model.fp8.quantise import Quantiser
 from model.fp8.reference import Factor, along_columns, along_rows, dgrad, exact_product, fprop, hopper_accumulate, wgrad
 from tests.model.fp8.data import KERNELS, relative_error, wild
+from tests.model.fp8.published import run_published
 
 NATIVE = KERNELS["native"]
 
@@ -164,3 +166,22 @@ def test_promotion_is_what_keeps_long_sums_right() -> None:
     assert errors[4096, None] > 0.02  # the report speaks of nearly 2% at this length
     with pytest.raises(ValueError, match="multiple of 32"):
         hopper_accumulate(factor(torch.ones(1, 4)), factor(torch.ones(1, 4)), promote_every=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", [384, 300])
+@pytest.mark.parametrize("scales", Scales)
+def test_the_released_product_and_dequantisation_run_from_their_source(
+    scales: Scales, inner: int, tmp_path: Path
+) -> None:
+    """Order of blocks and scales, edges, and the last rounding; `dot` itself is exact on both sides."""
+    a = quantised(wild((70, inner), seed=8, octaves=2), Tile.ROW, scales)
+    b = quantised(wild((200, inner), seed=9, octaves=2), Tile.BLOCK, scales)
+    arrays = {"a_values": a.values, "a_scales": a.wide_scales, "b_values": b.values, "b_scales": b.wide_scales}
+    published = run_published(tmp_path, **{
+        name: (x.view(torch.uint8) if "values" in name else x).contiguous().numpy() for name, x in arrays.items()
+    })  # fmt: skip
+    product = fprop(a, b)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert (published[f"product_{dtype}"] == product.to(dtype).float().numpy()).all()
+        assert (published[f"weight_{dtype}"] == b.dequantise(dtype).float().numpy()).all()
