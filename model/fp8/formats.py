@@ -14,7 +14,6 @@ TILE_SIZE = 128
 # The CPU's BF16 product compiles a kernel for every new shape; experts' row counts rounded up to this recur.
 PADDED_ROWS = 64
 LARGEST_E4M3 = 448.0
-SMALLEST_NORMAL_E4M3 = 2.0**-6
 # The released kernel's floor of a tile's largest magnitude; below it a tile shares the scale of 1e-4.
 AMAX_FLOOR = 1e-4
 EXPONENT_BIAS = 127  # a one-byte exponent stands for 2^(byte - 127), as in OCP's E8M0; 255 is NaN

@@ -164,7 +164,7 @@ class Quantiser:
         """x [..., columns], BF16 or FP32, leading dimensions flattened to rows.
 
         counts: rows of each group; tiles of 128 rows start anew at every group. One group where it is not given.
-        A tile with NaN or infinity becomes NaN; see `first_non_finite`.
+        A tile with NaN or infinity becomes NaN; `watch.Watch.check` finds it by its scale.
         """
         matrix, rows = _matrix(x, counts)
         encoded = self.kernels.encode(matrix, rows, self._request(values=True))
@@ -218,15 +218,6 @@ class Quantiser:
         assert encoded.wide is not None
         scales = encoded.scales if self.scales is Scales.FP32 else None
         return Operand(encoded.wide, scales, self.tile, rows, self.layout, encoded.scales)
-
-
-def first_non_finite(tensor: QuantisedTensor) -> tuple[int, int] | None:
-    """Row and column of the first tile (among the scales) that had NaN or infinity in it, if there is one."""
-    bad = tensor.scales == NAN_EXPONENT if tensor.power_of_two else tensor.scales.isnan()
-    if not bad.any():
-        return None
-    row, column = bad.nonzero()[0].tolist()
-    return row, column
 
 
 def _matrix(x: Tensor, counts: tuple[int, ...] | None) -> tuple[Tensor, Rows]:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.fp8.formats import Layout, QuantisedTensor, Rows, Scales, Tile, scale_shape
-from model.fp8.quantise import Kernels, Quantiser, first_non_finite
+from model.fp8.quantise import Kernels, Quantiser
+from model.fp8.watch import Watch
 from tests.model.fp8.data import KERNELS, all_bf16, oracle_codes, oracle_scales, relative_error, same_bits, wild
 from tests.model.fp8.published import run_published
 
@@ -164,12 +165,15 @@ def test_non_finite_numbers_make_their_tile_nan_and_no_other(
     tensor, operand = Quantiser(tile, scales, kernels=kernels).both(x)
     height, width = tile.value
     row, col = 130 // height, 200 // width
-    assert first_non_finite(tensor) == (row, col)
+    watch = Watch()
+    watch.check("layer", "input", Quantiser(tile, scales, kernels=kernels).quantise(x[:128]).scales)
+    assert watch.first_non_finite is None
+    watch.check("layer", "input", tensor.scales)
+    assert watch.first_non_finite == f"input of layer (tile {row}, {col})"
     in_tile = torch.zeros(256, 256, dtype=torch.bool)
     in_tile[row * height : (row + 1) * height, col * width : (col + 1) * width] = True
     for found in (tensor.dequantise(), kernels.decode(tensor, torch.float32), operand.values):
         assert torch.equal(found.isnan(), in_tile)
-    assert first_non_finite(Quantiser(tile, scales, kernels=kernels).quantise(x[:128])) is None
 
 
 @pytest.mark.parametrize("scales", Scales)
