@@ -1,4 +1,4 @@
-"""The real model's step, predicted from its phases, each measured while only the ranks that it needs run."""
+"""The real model's step, predicted from its pieces: each phase measured while only the ranks that it needs run."""
 
 import gc
 import os
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.build import DTYPES, Run
+from launcher.plan.measured.rest import frame_cpu, step_in_two
 from launcher.plan.measured.row import Row, compared, over_ranks
 from launcher.step import microbatch, train_step
 from parallel.pipeline.phases import Phase, backward_program, forward_program
@@ -23,40 +24,37 @@ CHUNK_REPETITIONS = 5
 def model_row(run: Run, *, repetitions: int) -> Row:
     """Predicts and measures a run's training step, a part of each in turns.
 
-    What a step computes outside of its chunks' phases (messages, data, reductions, update) is not timed piece by piece:
-    it is the processor time of the step less that of the phases, shared evenly by the cores.
+    Nothing of the steps that are measured is in the prediction: that is phases, each timed apart, put together by
+    `simulate_shared`; then what follows on the pipeline, by the clock of steps that are taken in two; and the
+    executor's messages and data, as processor time of a pipeline that computes nothing, shared evenly by the cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     train_step(run)  # allocates what stays
-    steps, pipelines, wholes, chunks = [], [], [], ChunkClock(run)
+    steps, halves, frames, chunks = [], [], [], ChunkClock(run)
     gc.collect()
     gc.freeze()
     for _ in range(repetitions):
         chunks.measure()
+        frames.append(frame_cpu(run, level=chunks.level))
+        halves.append(step_in_two(run))
         dist.barrier()
-        cpu, start = time.process_time(), time.perf_counter()
+        start = time.perf_counter()
         train_step(run)
-        seconds, whole = time.perf_counter() - start, time.process_time() - cpu
-        steps.append(over_ranks(seconds, dist.ReduceOp.MAX))
-        wholes.append(over_ranks(whole))
-        pipelines.append(over_ranks(_pipeline_cpu(run)))
-    costs = chunks.costs()
-    schedule, overlap = run.executor.schedule, chunks.level
-    shared = simulate_shared(schedule, costs, level=overlap, cores=cores, copies=run.config.parallel.data)
-    rest = max(0.0, statistics.median(wholes) - shared.core_seconds) / min(cores, run.config.parallel.world_size)
-    name = f"tiny: {schedule.name}, overlap={overlap}, {cores} core{'s' if cores > 1 else ''}"
-    row = compared(name, steps, shared.seconds + rest, BAR)
-    return replace(row, core_seconds=(statistics.median(pipelines), shared.core_seconds))
-
-
-def _pipeline_cpu(run: Run) -> float:
-    """Processor seconds of this rank in the pipeline of a step alone; its gradients are forgotten."""
-    dist.barrier()
-    cpu = time.process_time()
-    run.executor.step(lambda number: microbatch(run, number))
-    used = time.process_time() - cpu
-    _forget(run)
-    return used
+        steps.append(over_ranks(time.perf_counter() - start, dist.ReduceOp.MAX))
+    schedule, world = run.executor.schedule, run.config.parallel.world_size
+    shared = simulate_shared(
+        schedule, chunks.costs(), level=chunks.level, cores=cores, copies=run.config.parallel.data
+    )  # fmt: skip
+    after = statistics.median(half.after_seconds for half in halves)
+    frame = statistics.median(frames) / min(cores, world)
+    name = f"tiny: {schedule.name}, overlap={chunks.level}, {cores} core{'s' if cores > 1 else ''}"
+    row = compared(name, steps, shared.seconds + after + frame, BAR)
+    used = statistics.median(half.pipeline_cpu for half in halves)
+    return replace(
+        row,
+        core_seconds=(used, shared.core_seconds),
+        parts={"phases": shared.seconds, "after the pipeline": after, "messages and data": frame},
+    )
 
 
 def _forget(run: Run) -> None:

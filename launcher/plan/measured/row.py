@@ -1,7 +1,7 @@
 """One comparison of a predicted with a measured step."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,7 +13,8 @@ class Row:
     """One comparison, in seconds. bar: largest relative error that holds. spread: (longest - shortest) / median.
 
     core_seconds: processor seconds of all ranks in the pipeline, measured and predicted, which tell the cost of the
-    pieces from how they fall together, and which other programs do not disturb. None where the ranks sleep.
+    pieces from how they fall together, and which other programs do not disturb. None where the ranks sleep. parts: what
+    the prediction is the sum of, in seconds, where there are several.
     """
 
     check: str
@@ -22,6 +23,7 @@ class Row:
     bar: float
     spread: float
     core_seconds: tuple[float, float] | None = None
+    parts: Mapping[str, float] | None = None
 
     @property
     def relative_error(self) -> float:

@@ -86,6 +86,7 @@ def test_phases_add_up_to_the_processor_time_of_the_pipeline(words: tuple[str, s
     (row,) = map(json.loads, out.read_text().splitlines())
     used, predicted = row["core_seconds"]
     assert predicted == pytest.approx(used, rel=0.2)
+    assert sum(row["parts"].values()) == pytest.approx(row["predicted"]) and len(row["parts"]) == 3
     # four ranks on so many cores can be no faster than all of their work on all of the cores
     assert row["predicted"] > predicted / 4
 
