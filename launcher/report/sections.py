@@ -88,7 +88,7 @@ def recipe(record: RunRecord) -> str:
     ]
     if any(event.mtp_lambda is not None for event in record.events):
         weight = _series(record, "MTP weight", lambda e: e.mtp_lambda, 1)
-        found.append(("Weight of multi-token prediction", "of its loss", weight))
+        found.append(("Weight of multi-token prediction", "in the loss", weight))
     width = 350 if len(found) == 3 else 520
     pictures = [
         draw(Chart(title, [series], unit, from_zero=True, width=width, height=170)) for title, unit, series in found
