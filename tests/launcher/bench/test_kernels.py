@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_the_timed_quantisation_gives_the_bits_of_the_definition():
     from parallel.expert.wire import QUANTISER
 
     x = torch.randn(8, 256)
-    found, wanted = _quantising(x)(), QUANTISER.quantise(x)
+    found: Any = _quantising(x)()
+    wanted = QUANTISER.quantise(x)
     assert torch.equal(found.values.view(torch.uint8), wanted.values.view(torch.uint8))
     assert torch.equal(found.scales, wanted.scales)
 

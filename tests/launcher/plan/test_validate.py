@@ -1,5 +1,6 @@
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def steps(kind, seconds):
     return [SimpleNamespace(step=Action(kind, 0, 0), start=0.0, end=seconds)]
 
 
-def two_ends(first, middle):
+def two_ends(first, middle) -> Any:
     """A plan of three ranks; each of 1F, 1B and 1W by its seconds at the ends and in the middle."""
 
     def rank(table):
