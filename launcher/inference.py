@@ -1,5 +1,6 @@
 """A whole model in one process, from a checkpoint of any layout, and its loss on held-out text."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,9 +48,9 @@ def load_model(
     """The whole model with the weights of a checkpoint (or the newest one of a run), ready to evaluate.
 
     dtype: of the weights; None: what the run trained in, with its FP8 products if it had any, computed by the oracle
-    where Transformer Engine did. Needs memory for the model in FP32 and `dtype` together at
-    worst. ema: the average of the weights in their place. Raises CheckpointError for a missing or damaged checkpoint,
-    InferenceError where it holds no average.
+    where Transformer Engine or DeepGEMM did, and by plain torch where there is no g++ (the same bits, slower). Needs
+    memory for the model in FP32 and `dtype` together at worst. ema: the average of the weights in their place.
+    Raises CheckpointError for a missing or damaged checkpoint, InferenceError where it holds no average.
     """
     reader = Reader(find(checkpoint))
     precision, fp8 = reader.config.train.precision, reader.config.fp8
@@ -68,7 +69,8 @@ def load_model(
         reader.read("router_bias", str(block), router.e_score_correction_bias)
     if as_trained and precision == "fp8":
         backend = "oracle_exact" if fp8.backend == "oracle_exact" else "oracle_fast"
-        apply_fp8(model, replace(fp8, backend=backend), device=device)
+        native = fp8.native and shutil.which("g++") is not None
+        apply_fp8(model, replace(fp8, backend=backend, grouped="same", native=native), device=device)
     return model
 
 
