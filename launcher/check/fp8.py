@@ -26,8 +26,7 @@ CHOICES = {
     "fp8.input_cache": INPUT_CACHES,
     "fp8.attention_cache": ATTENTION_CACHES,
 }
-# What the back ends of a GPU do: any other value of these keys would have no effect there.
-TRANSFORMER_ENGINE_HAS = {**GPU_FP8, "weights_per_step": True, "watch_every": 0}
+# What it does (GPU_FP8 is Transformer Engine's): any other value of these keys would have no effect there.
 DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_every": 0}
 ENGINE, DEEP_GEMM = "fp8.backend=transformer_engine", "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
@@ -58,7 +57,7 @@ def check_transformer_engine(config: RunConfig) -> list[str]:
     found = []
     if config.train.device == "cpu":
         found.append(f"{ENGINE_NEEDS}, but train.device=cpu: {INSTEAD}")
-    found += _lacking(ENGINE, config.fp8, TRANSFORMER_ENGINE_HAS)
+    found += _lacking(ENGINE, config.fp8, GPU_FP8)
     if problem := fp8_problem(config.model):
         found.append(f"{ENGINE}: {problem}: choose such sizes, or {INSTEAD.removeprefix('use ')}")
     return found
