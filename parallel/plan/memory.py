@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from model.config import ModelConfig
 from model.counts import parameter_shapes
 from model.fp8.config import DEFAULT_FP8, FP8Config
+from model.fp8.memory import rounded_weight_bytes
 from model.fp8.precision_map import WIDE, Precision
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Action, Pair, Schedule, parts
@@ -28,8 +29,6 @@ MARGIN = 0.04  # of what is allocated: what the caching allocator cannot use, as
 LOCAL_INDEX_BYTES, FLAT_INDEX_BYTES, ROUTED_INDEX_BYTES, COPY_INDEX_BYTES = 16, 36, 28, 24
 ALIGN = 64  # elements, parallel.zero1
 ADAMW_CHUNK, INT64 = 1 << 15, 8  # optim.adamw, a token
-# Of a weight's rounded copy: the fast oracle keeps it in BF16, Transformer Engine as it is and transposed.
-ROUNDED_BYTES = {"oracle_exact": 1, "oracle_fast": 2, "transformer_engine": 2}
 GPU_LOGITS_BYTES, CPU_LOGITS_BYTES = 256 << 20, 4 << 20  # FP32 logits at a time, model.loss
 
 
@@ -228,10 +227,7 @@ def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: i
     number = sum(_shard(h) * h.group for h in held)
     shards = sum(_shard(h) for h in held)
     precision = setting.precision
-    rounded = 0.0
-    if precision.precision == "fp8":
-        each = ROUNDED_BYTES[precision.fp8.backend] if precision.fp8.weights_per_step else 0
-        rounded = sum(h.rounded for h in held) * each
+    rounded = sum(h.rounded * rounded_weight_bytes(precision, "experts." if h.expert else "") for h in held)
     return {
         "weights": number * setting.element + rounded,
         "gradients": number * 4 + sum(_shard(h) * 4 for h in held if h.group > 1),
