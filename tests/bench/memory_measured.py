@@ -2,6 +2,8 @@
 
 `python -m tests.bench.memory_measured [NAME ...]` prints a table; the slow tests hold it to 5%. Measured: tensors that
 stay after a step, by their storages, and the most that the next step allocates beside them, from torch's allocator.
+Predicted twice: with the rows that each rank's experts got, as an untrained gate is not balanced, which is what the 5%
+are of; and with balanced rows, which is what `expertpipe plan` says.
 `--phases RANK NAME` prints the levels of one case phase by phase instead, beside those of the planner's walk.
 """
 
@@ -67,15 +69,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Compared:
-    """Bytes of one rank."""
+    """Bytes of one rank. predicted: with its experts' measured rows; balanced: with as many on every rank."""
 
     measured: float
     predicted: float
+    balanced: float
 
     @property
     def ratio(self) -> float:
         """Predicted over measured."""
         return self.predicted / self.measured
+
+    @property
+    def balanced_ratio(self) -> float:
+        """As a user gets it, who knows no rows."""
+        return self.balanced / self.measured
 
 
 def tensor_bytes() -> int:
@@ -247,14 +255,28 @@ def compare(case: Case, prefix: str) -> list[Compared]:
     parallel = run_config.parallel
     found = []
     for rank, (stays, peak, rows) in enumerate(measured):
-        job, shape = _job(case, rows)
-        schedule = job.schedule()
-        memory = memory_of(
-            shape, parallel, schedule, job.stages(schedule), precision=case.precision, moments_bytes=4, fp8=job.fp8,
-            on_cpu=True,
-        )[rank // parallel.data]  # fmt: skip
-        found.append(Compared(float(stays + peak), memory.total - memory.nccl - memory.margin))
+        job, uneven = _job(case, rows)
+        predicted = (_total(case, job, shape)[rank // parallel.data] for shape in (uneven, job.shape()))
+        found.append(Compared(float(stays + peak), *predicted))
     return found
+
+
+def _total(case: Case, job: Job, shape: LayerShape) -> list[float]:
+    """Predicted bytes of every pipeline rank's tensors."""
+    schedule = job.schedule()
+    memory = memory_of(
+        shape, job.parallel, schedule, job.stages(schedule), precision=case.precision, moments_bytes=4, fp8=job.fp8,
+        on_cpu=True,
+    )  # fmt: skip
+    return [rank.total - rank.nccl - rank.margin for rank in memory]
+
+
+def ratios(found: list[Compared]) -> str:
+    """Of a case's ranks, the least and the most: with measured rows, then with balanced ones."""
+    parts = []
+    for values in ([pair.ratio for pair in found], [pair.balanced_ratio for pair in found]):
+        parts.append(f"{min(values):.3f} to {max(values):.3f}")
+    return "   ".join(parts)
 
 
 BY_SCHEDULE = [Case(name) for name in ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev", "dualpipe")]
@@ -286,11 +308,10 @@ def main(chosen: list[str]) -> None:
         if chosen[:1] == ["--phases"]:
             (case,) = (case for case in CASES if case.name == chosen[2])
             return print_levels(case, prefix, int(chosen[1]))
-        print(f"{'run':<66}{'predicted / measured, by rank'}")
+        print(f"{'predicted / measured, ranks':<66}{'measured rows':<17}balanced rows")
         for case in CASES:
             if not chosen or any(all(part in case.name for part in word.split(",")) for word in chosen):
-                ratios = sorted({f"{pair.ratio:.3f}" for pair in compare(case, prefix)})
-                print(f"{case.name:<66}{' '.join(ratios)}", flush=True)
+                print(f"{case.name:<66}{ratios(compare(case, prefix))}", flush=True)
 
 
 if __name__ == "__main__":
