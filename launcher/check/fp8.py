@@ -9,12 +9,14 @@ from model.backends import numbers, transformer_engine_problem, version_problem
 from model.fp8.config import (
     ATTENTION_CACHES,
     BACKENDS,
+    CAPABILITY,
     DEEP_GEMM_FROM,
     DEEP_GEMM_MULTIPLE,
     DEEP_GEMM_UNTIL,
     GROUPED,
     INPUT_CACHES,
     SCALES,
+    TRANSFORMER_ENGINE_CUDA_FROM,
     FP8Config,
 )
 from parallel.plan.job import GPU_FP8, fp8_problem
@@ -31,10 +33,9 @@ DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_eve
 ENGINE, DEEP_GEMM = "fp8.backend=transformer_engine", "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.backend=oracle_fast (an emulation, on any machine) or train.precision=bf16"
 SAME = "use fp8.grouped=same"
-# Of the GPU that both are written for: on newer ones Transformer Engine computes blocks another way.
-CAPABILITY = "9.0"
-CUDA_FROM = "12.9"  # for Transformer Engine's FP8 in blocks
-ENGINE_NEEDS = f"{ENGINE} needs a GPU of compute capability {CAPABILITY} and CUDA {CUDA_FROM} or newer"
+ENGINE_NEEDS = (
+    f"{ENGINE} needs a GPU of compute capability {CAPABILITY} and CUDA {TRANSFORMER_ENGINE_CUDA_FROM} or newer"
+)
 DEEP_GEMM_NEEDS = f"{DEEP_GEMM} needs a GPU of compute capability {CAPABILITY}"
 
 
@@ -107,7 +108,7 @@ def check_fp8_gpu(config: RunConfig) -> list[str]:
     here = ", ".join([*kinds, f"torch for CUDA {cuda}" if cuda else "torch without CUDA"])
     # with train.device=cuda, check_device says that torch has none
     is_wrong = bool(gpus and CAPABILITY not in gpus) or (cuda is None and config.train.device == "auto")
-    if on_engine and (is_wrong or (cuda is not None and numbers(cuda) < numbers(CUDA_FROM))):
+    if on_engine and (is_wrong or (cuda is not None and numbers(cuda) < numbers(TRANSFORMER_ENGINE_CUDA_FROM))):
         found.append(f"{ENGINE_NEEDS}, here: {here}: {INSTEAD}")
     if on_deep_gemm and is_wrong:
         found.append(f"{DEEP_GEMM_NEEDS}, here: {here}: {SAME}")

@@ -12,6 +12,9 @@ TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL = "2.20", "2.21"
 TRANSFORMER_ENGINE_MULTIPLE = 16
 DEEP_GEMM_FROM, DEEP_GEMM_UNTIL = "2.1.1", "2.7"
 DEEP_GEMM_MULTIPLE = 128
+# The GPU that both are written for (on newer ones Transformer Engine computes blocks another way), and of CUDA.
+CAPABILITY = "9.0"
+TRANSFORMER_ENGINE_CUDA_FROM = "12.9"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.backends import MissingBackend, version_problem
 from model.dropping import Again
-from model.fp8.config import DEEP_GEMM_FROM, DEEP_GEMM_UNTIL, FP8Config
+from model.fp8.config import CAPABILITY, DEEP_GEMM_FROM, DEEP_GEMM_UNTIL, FP8Config
 from model.fp8.formats import AMAX_FLOOR, EXPONENT_BIAS, TILE_SIZE, QuantisedTensor, Rows, Scales, Tile
 from model.fp8.quantise import Quantiser
 from model.linear import GroupedLinear
@@ -30,7 +30,6 @@ from model.weight_grad import WeightGradSink
 
 KEY = "fp8.grouped=deep_gemm"
 INSTEAD = "use fp8.grouped=same, the back end of the other products"
-CAPABILITY = "9.0"
 NO_GROUP = -1  # the group of a row that only fills up
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backends import FP32_SCALES, MissingBackend, load_transformer_engine, transformer_engine_environment
-from model.fp8.config import FP8Config
+from model.fp8.config import CAPABILITY, TRANSFORMER_ENGINE_CUDA_FROM, FP8Config
 from model.fp8.formats import TILE_SIZE
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import WeightGradSink, main_grad
@@ -31,8 +31,13 @@ def load_engine(config: FP8Config) -> tuple[Any, Any]:
     """The module and the recipe; MissingBackend in one line with what was found, what is needed, what to do."""
     te = load_transformer_engine(KEY, INSTEAD)
     able, reason = te.is_fp8_block_scaling_available(return_reason=True)
-    if not able:
-        raise MissingBackend(f"{KEY}: Transformer Engine cannot do FP8 in blocks here ({reason}): {INSTEAD}")
+    found = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    if not able or found != CAPABILITY:
+        here = "no GPU" if found is None else f"compute capability {found}, torch for CUDA {torch.version.cuda}"
+        raise MissingBackend(
+            f"{KEY} needs a GPU of compute capability {CAPABILITY} and CUDA {TRANSFORMER_ENGINE_CUDA_FROM} or newer, "
+            f"here: {here}{f' ({reason})' if reason else ''}: {INSTEAD}"
+        )
     recipe = load_transformer_engine(KEY, INSTEAD, "transformer_engine.common.recipe").Float8BlockScaling()
     if recipe.fp8_quant_fwd_inp.power_2_scale != (config.scales == "pow2"):
         needed = transformer_engine_environment(config)[FP32_SCALES]

@@ -223,22 +223,26 @@ def test_what_cannot_be_imported_is_one_line(monkeypatch: Any) -> None:
         load_engine(TE)
 
 
-def engine_that(monkeypatch: Any, *, able: bool, pow2: bool) -> None:
+def engine_that(monkeypatch: Any, *, able: bool, pow2: bool, capability: tuple[int, int] = (9, 0)) -> None:
     """Let the package look installed: whether it can do blocks here, and the scales of its recipe."""
     recipe = SimpleNamespace(fp8_quant_fwd_inp=SimpleNamespace(power_2_scale=pow2))
     modules = {
         "transformer_engine.pytorch": SimpleNamespace(
-            is_fp8_block_scaling_available=lambda return_reason: (able, "" if able else "compute capability 8.0")
+            is_fp8_block_scaling_available=lambda return_reason: (able, "" if able else "Hopper or newer is needed")
         ),
         "transformer_engine.common.recipe": SimpleNamespace(Float8BlockScaling=lambda: recipe),
     }
     monkeypatch.setattr(backends, "installed", lambda package: VERSION)
     monkeypatch.setattr(backends.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(adapter.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(adapter.torch.cuda, "get_device_capability", lambda: capability)
 
 
-def test_a_gpu_that_cannot_is_one_line(monkeypatch: Any) -> None:
-    engine_that(monkeypatch, able=False, pow2=True)
-    with pytest.raises(MissingBackend, match=r"cannot do FP8 in blocks here \(compute capability 8.0\): choose"):
+@pytest.mark.parametrize(("able", "capability"), [(False, (8, 0)), (True, (10, 0))])
+def test_a_gpu_that_cannot_is_one_line(monkeypatch: Any, able: bool, capability: tuple[int, int]) -> None:
+    engine_that(monkeypatch, able=able, pow2=True, capability=capability)
+    here = f"here: compute capability {capability[0]}.{capability[1]}, torch for CUDA"
+    with pytest.raises(MissingBackend, match=f"of compute capability 9.0 and CUDA 12.9 or newer, {here} .*: choose"):
         load_engine(TE)
 
 
