@@ -243,7 +243,10 @@ def _report_rows(found: Plan) -> Iterator[Row]:
     )  # fmt: skip
     yield Row("report: GPU-hours, 14.8T with ramp", REPORT_HOURS, cost.pretraining, 0.03)
     longer = _extensions(found, cost.extensions)
-    yield Row("report: GPU-hours of the extension", REPORT_EXTENSION_HOURS, sum(cost.extensions), 0.03, longer)
+    yield Row(
+        "report: GPU-hours of the extension", REPORT_EXTENSION_HOURS, sum(cost.extensions), 0.03, longer.words,
+        effect=longer.size,
+    )  # fmt: skip
 
 
 def _own_rows(found: Plan) -> Iterator[Row]:
@@ -268,14 +271,17 @@ def _own_rows(found: Plan) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def _extensions(found: Plan, predicted: tuple[float, ...]) -> str:
+def _extensions(found: Plan, predicted: tuple[float, ...]) -> _Effect:
     """Where the extension's hours go, and what of it the report leaves open, each with its size.
+
+    The effect: one phase's sequences over twice as many ranks as they need, of both phases the nearer one.
 
     A rank's tokens stay as many as in pretraining, attention grows. Every rank that shares a sequence projects the
     others' latents up again, so that more ranks to a sequence take more; and ranks that share a causal sequence have
     even work only where each has early and late tokens. The report says nothing of either: sizes, no evidence.
     """
     parts, more, attention, uneven = [], [], 0.0, 0.0
+    others: list[tuple[float, str]] = []  # hours more, and what for
     for (length, sequences, steps), hours_of in zip(EXTENSIONS, predicted, strict=True):
         job = extension(found, length, sequences)
         machine = Machine.beside_all_to_all(job.hardware, job.calibration, expert=job.parallel.expert)
@@ -287,10 +293,13 @@ def _extensions(found: Plan, predicted: tuple[float, ...]) -> str:
         twice = steps * estimate(replace(job, cut=2 * job.cut))[0] * job.num_gpus / 3600
         parts.append(f"{hours_of / 1e3:.1f}K at {length // 1024}K with each sequence over {job.cut} ranks")
         more.append(f"{(twice - hours_of) / 1e3:+.1f}K")
+        others.append((twice - hours_of, f"{length // 1024}K over {2 * job.cut} ranks instead of {job.cut}"))
     missing = REPORT_EXTENSION_HOURS - sum(predicted)
-    return (
+    size, choice = min(others, key=lambda other: abs(missing - other[0]))
+    return _Effect(
         f"{' and '.join(parts)}, the fewest on which it fits; over twice as many {' and '.join(more)}. "
         f"{attention / 1e3:.0f}K are the attention core, shared evenly; with stretches in order the last rank has "
-        f"nearly twice the mean, {uneven / 1e3:+.0f}K. The deviation is {missing / 1e3:+.1f}K: the report says of "
-        "neither what it did, and nothing else speaks for one of them"
+        f"nearly twice the mean, {uneven / 1e3:+.0f}K. The deviation is {missing / 1e3:+.1f}K, with {choice} "
+        f"{abs(missing - size) / 1e3:.1f}K. The report says of neither what it did",
+        size,
     )

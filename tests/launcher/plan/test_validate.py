@@ -21,7 +21,7 @@ def test_rows_and_what_does_not_hold(capsys):
     failing = {row["check"]: row["verdict"] for row in rows if not row["holds"]}
     assert failing == {
         "ISCA: 1W, s": "explained", "ISCA: step, from the trace alone": "calibrated",
-        "report: GPU-hours of the extension": "NO", "own engine, layer: step, s": "forecast",
+        "report: GPU-hours of the extension": "explained", "own engine, layer: step, s": "forecast",
     }  # fmt: skip
     assert {row["check"] for row in rows if row["restates"]} == {
         "ISCA: tokens a day, 1e9", "ISCA: MFU causal", "ISCA: MFU full", "report: GPU-hours per 1T tokens",
@@ -52,11 +52,12 @@ def by_check():
     return {row.check: row for row in all_rows()}
 
 
-def test_the_extensions_hours_have_no_evidence_for_an_effect(by_check):
-    """Sizes of what the report leaves open are told, and none of them is chosen by the sign that is needed."""
+def test_the_extensions_hours_hang_on_one_number_that_is_not_published(by_check):
+    """Each choice that the report leaves open with its size; one of them alone, a whole number of ranks, has to fit."""
     row = by_check["report: GPU-hours of the extension"]
-    assert row.verdict == "NO" and row.effect == 0
+    assert abs((row.predicted + row.effect) / row.published - 1) <= row.bar
     assert "over twice as many" in row.explained and "stretches in order" in row.explained
+    assert "32K over 16 ranks instead of 8" in row.explained and "says of neither" in row.explained
 
 
 def steps(kind, seconds):
