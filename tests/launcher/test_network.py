@@ -61,8 +61,9 @@ def test_a_link_has_its_rate_and_the_kernel_counts_it(needed: None) -> None:
 
 
 HOLD = """
-import time
+import signal, time
 from launcher.network import network
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background has it ignored
 with network(2, megabits=100) as nodes:
     print(*[node.pid for node in nodes], flush=True)
     time.sleep(60)
