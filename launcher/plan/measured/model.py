@@ -54,6 +54,7 @@ def model_row(run: Run, *, repetitions: int) -> Row:
         row,
         core_seconds=(used, shared.core_seconds),
         parts={"phases": shared.seconds, "after the pipeline": after, "messages and data": frame},
+        phases_factor=(used - statistics.median(frames)) / shared.core_seconds,
     )
 
 

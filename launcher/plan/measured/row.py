@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ class Row:
 
     core_seconds: processor seconds of all ranks in the pipeline, measured and predicted, which tell the cost of the
     pieces from how they fall together, and which other programs do not disturb. None where the ranks sleep. parts: what
-    the prediction is the sum of, in seconds, where there are several.
+    the prediction is the sum of, in seconds, where there are several. phases_factor: processor seconds of the phases
+    among all ranks over those of the same phases timed apart. calibrates: the row that later ones take it from, which
+    is no prediction then.
     """
 
     check: str
@@ -24,6 +26,8 @@ class Row:
     spread: float
     core_seconds: tuple[float, float] | None = None
     parts: Mapping[str, float] | None = None
+    phases_factor: float | None = None
+    calibrates: bool = False
 
     @property
     def relative_error(self) -> float:
@@ -35,9 +39,19 @@ class Row:
         """Whether the error is within the bar."""
         return abs(self.relative_error) <= self.bar
 
+    def with_phases_times(self, factor: float) -> "Row":
+        """The prediction with its phases so many times as long."""
+        parts = {**(self.parts or {}), "phases": factor * (self.parts or {})["phases"]}
+        return replace(self, predicted=sum(parts.values()), parts=parts)
+
     def tree(self) -> dict[str, object]:
         """As JSON has it."""
         return {**asdict(self), "relative_error": self.relative_error, "holds": self.holds}
+
+    @classmethod
+    def of_tree(cls, tree: Mapping[str, object]) -> "Row":
+        """What `tree` gave."""
+        return cls(**{field.name: tree[field.name] for field in fields(cls)})  # type: ignore[arg-type]
 
 
 def compared(check: str, seconds: Sequence[float], predicted: float, bar: float) -> Row:

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -34,6 +36,28 @@ def test_a_row_holds_within_its_bar() -> None:
     assert {"check", "predicted", "measured", "relative_error", "bar", "holds", "core_seconds"} <= tree.keys()
 
 
+def test_the_first_row_of_the_model_calibrates_the_others(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its factor, not their own; its own figures and the slept ones stay as they are."""
+
+    def ranks(_: Any, *, command: list[str], **others: Any) -> int:
+        row = Row(command[-1], 2.0, 1.5, BAR, 0.1)
+        if "model" in command:
+            parts = {"phases": 1.0, "after the pipeline": 0.3, "messages and data": 0.2}
+            factor = 1.2 if command[-2:] == list(measured.MODEL_ROWS[0]) else 9.0
+            row = replace(row, core_seconds=(3.0, 2.0), parts=parts, phases_factor=factor)
+        Path(command[3]).write_text(json.dumps(row.tree()) + "\n")
+        return 0
+
+    monkeypatch.setattr(measured, "run_local", ranks)
+    assert measured.measured_command(as_json=True) == 0
+    rows = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [row["predicted"] for row in rows] == pytest.approx([1.5, 1.5, 1.5, *[1.7] * (len(measured.MODEL_ROWS) - 1)])
+    assert [row["calibrates"] for row in rows] == [False, False, True, *[False] * (len(measured.MODEL_ROWS) - 1)]
+    assert measured.measured_command(as_json=False) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 80 and sum("phases among all ranks take 1.200 times" in line for line in said) == 1
+
+
 def test_every_schedule_and_overlap_is_slept_through_and_fits_80_columns(planned: list[Slept]) -> None:
     pipelines = even_pipelines()
     assert {one.schedule.name for one in pipelines} == set(SCHEDULES)
@@ -42,9 +66,9 @@ def test_every_schedule_and_overlap_is_slept_through_and_fits_80_columns(planned
         check(one.schedule)
         seconds = simulate_phases(one.schedule, one.costs, level=one.overlap).makespan
         assert 0.5 < seconds < 10
-        assert len(line(Row(one.check, seconds, seconds, 0.05, 0.0).tree())) <= 80
+        assert len(line(Row(one.check, seconds, seconds, 0.05, 0.0))) <= 80
     names = [f"tiny: {name}, overlap={level}, 16 cores" for name, level in measured.MODEL_ROWS]
-    assert all(len(line(Row(name, 10.0, 10.0, 0.15, 0.0).tree())) <= 80 for name in names)
+    assert all(len(line(Row(name, 10.0, 10.0, 0.15, 0.0))) <= 80 for name in names)
 
 
 def test_planned_stages_are_uneven(planned: list[Slept]) -> None:
