@@ -83,12 +83,27 @@ def train_step(run: Run, judge: Callable[[float, float], bool] = lambda loss, no
 
     judge: given the global loss and gradient norm, whether weights and router biases are to be updated with them.
     """
+    return conclude_step(run, run_pipeline(run), judge)
+
+
+def run_pipeline(run: Run) -> Mapping[int, StageLoss]:
+    """The first part of a step: forward and backward of this rank's micro-batches; losses by micro-batch.
+
+    Gradients are left where they add up.
+    """
+    fp8_samples.begin(run)
+    with run.clock.phase("messages"):  # what chunks, transfers and data take is theirs
+        executor = run.executors.of(run.plan.at(run.progress.tokens).num_microbatches)
+        return executor.step(lambda number: microbatch(run, number))
+
+
+def conclude_step(
+    run: Run, losses: Mapping[int, StageLoss], judge: Callable[[float, float], bool] = lambda loss, norm: True
+) -> StepResult:
+    """The second part of a step, from the losses of the first; see `train_step`."""
     optim, progress, clock = run.config.optim, run.progress, run.clock
     planned = run.plan.at(progress.tokens)
     lr = value_at(optim.lr, progress.tokens + planned.tokens)  # so that the first step of a warm-up counts
-    fp8_samples.begin(run)
-    with clock.phase("messages"):  # what chunks, transfers and data take is theirs
-        losses = run.executors.of(planned.num_microbatches).step(lambda number: microbatch(run, number))
     samples = fp8_samples.end(run)
     with clock.phase("reduce_scatter"):
         run.zero1.reduce_gradients()

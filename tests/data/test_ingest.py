@@ -126,7 +126,7 @@ def test_workers_units_and_order_leave_no_trace(tmp_path, tokenizer, monkeypatch
 
 
 def test_all_kinds_of_input_give_the_same_documents(tmp_path, tokenizer):
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     texts = list(dict.fromkeys(text(number) for number in range(60)))
@@ -228,7 +228,7 @@ def test_files_that_hold_no_text_are_set_aside(tmp_path, tokenizer):
 
 
 def test_bad_rows_of_parquet(tmp_path, tokenizer):
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     column = pa.array([b"one", None, b"\xff", b"", b"two"], pa.binary()).view(pa.string())
@@ -242,7 +242,7 @@ def test_bad_rows_of_parquet(tmp_path, tokenizer):
 
 
 def test_inputs_that_cannot_work_are_named_together(tmp_path, tokenizer):
-    pa = pytest.importorskip("pyarrow")
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"content": ["x"], "text": [1]}), tmp_path / "a.parquet")

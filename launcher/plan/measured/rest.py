@@ -6,14 +6,13 @@ messages and data, as processor time of the very executor over chunks that compu
 
 import time
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from launcher.build import DTYPES, Run
 from launcher.plan.measured.row import over_ranks
-from launcher.step import microbatch, train_step
+from launcher.step import conclude_step, microbatch, run_pipeline
 from model.transformer import Microbatch, StageLoss
 from parallel.pipeline.chunk import Chunk
 from parallel.pipeline.executor import Executor
@@ -30,15 +29,13 @@ class InTwo:
 
 def step_in_two(run: Run) -> InTwo:
     """A whole training step, with all ranks together in front of each half."""
-    executor = run.executors.of(run.plan.at(run.progress.tokens).num_microbatches)
     dist.barrier()
     cpu = time.process_time()
-    losses = executor.step(lambda number: microbatch(run, number))
+    losses = run_pipeline(run)
     used = over_ranks(time.process_time() - cpu)
     dist.barrier()
     start = time.perf_counter()
-    with patch.object(executor, "step", lambda batch: losses):
-        train_step(run)
+    conclude_step(run, losses)
     return InTwo(used, over_ranks(time.perf_counter() - start, dist.ReduceOp.MAX))
 
 

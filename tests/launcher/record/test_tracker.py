@@ -98,7 +98,6 @@ def run_script(folder: Path, meanwhile: str = "", mode: str = "offline") -> str:
 
 
 def test_offline_writes_every_step_and_no_key(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     said = run_script(tmp_path / "run")
     assert "SAID" not in said
     rows, configured = written(tmp_path / "run")
@@ -114,7 +113,6 @@ def test_offline_writes_every_step_and_no_key(tmp_path: Path) -> None:
 
 
 def test_a_broken_wandb_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     broken = "def fail(*a, **k): raise OSError('no space')\ntracker._run.log = fail"
     said = run_script(tmp_path / "run", broken)
     assert said.count("SAID") == 1
@@ -123,7 +121,6 @@ def test_a_broken_wandb_is_told_once_and_the_run_goes_on(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_killed_service_does_not_end_the_run(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
     kill = (
         "import os, signal, time\n"
         "mine = str(os.getpid())\n"
@@ -146,7 +143,6 @@ def test_off_touches_nothing(tmp_path: Path) -> None:
 
 
 def test_the_check_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

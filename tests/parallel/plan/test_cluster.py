@@ -94,22 +94,14 @@ def test_modules_hold_what_the_memory_model_counts(cluster):
 # --- planted, on ranks that others are held against too ----------------------------------------------------------
 
 
+@pytest.mark.parametrize(("ways", "said"), [("receives", "as receive 0"), ("sends", "as message 0")])
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_swapped_receive_is_named(cluster, rank):
-    receives = dict(cluster.records[rank].receives)
-    key = next(iter(receives))
-    first, second, *rest = receives[key]
-    found = faults(planted(cluster, rank, receives={**receives, key: (second, first, *rest)}))
-    assert "as receive 0" in the_line(found, rank)
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_a_swapped_send_is_named(cluster, rank):
-    sends = dict(cluster.records[rank].sends)
-    key = next(iter(sends))
-    first, second, *rest = sends[key]
-    found = faults(planted(cluster, rank, sends={**sends, key: (second, first, *rest)}))
-    assert "as message 0" in the_line(found, rank)
+def test_swapped_messages_are_named(cluster, rank, ways, said):
+    messages = dict(getattr(cluster.records[rank], ways))
+    key = next(iter(messages))
+    first, second, *rest = messages[key]
+    found = faults(planted(cluster, rank, **{ways: {**messages, key: (second, first, *rest)}}))
+    assert said in the_line(found, rank)
 
 
 def test_a_lost_receive_is_named(cluster):
