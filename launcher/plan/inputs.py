@@ -140,11 +140,7 @@ def as_published(job: Job) -> Job:
 def calibration_of(args: Namespace, job: Job) -> Calibration:
     """From a trace, from a file, none, or the one that comes with expertpipe."""
     if args.trace is not None:
-        parallel = job.parallel
-        per_node = min(parallel.expert, parallel.ranks_per_node or job.hardware.gpus_per_node)
-        tokens = job.micro_batch_size * job.sequence_length
-        shape = calibration.trace_shape(job.model, tokens=tokens, expert=parallel.expert, ranks_per_node=per_node)
-        found = calibration.of_trace(args.trace, shape, job.hardware)
+        found = calibration.of_trace(args.trace, calibration.shape_in_trace(job), job.hardware)
         return replace(found, training=shipped().training)
     if args.calibration == "none":
         return Calibration()

@@ -23,8 +23,8 @@ from tests.launcher.spine import config
 ROOT = Path(__file__).parents[3]
 FOUR = Nodes(("n1", "n1", "n2", "n2"))
 ALL = [pair for met in rounds(4) for pair in met]
-SLEEP = 0.6  # of a slow rank, in each exchange
-SLOW = 0.06  # share of the median: far below what work beside these tests makes of an exchange of milliseconds
+SLEEP = 1.2  # of a slow rank, in each exchange
+SLOW = 0.025  # share of the median: best of five, 40 times the median, is no work beside these tests
 
 
 # --- who is to blame (no processes) --------------------------------------------------------------------------------
