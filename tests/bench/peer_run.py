@@ -6,6 +6,11 @@ tokens, time, and how evenly the experts are loaded.
 trains `experiment=demo` both ways, one after the other, each going on where an earlier call was stopped; prints one
 JSON object and draws OUT/peer_run.png. `--side ours` or `--side peer` does one of them, `--side report` none.
 
+Two runs that differ by rounding alone part within fifty steps and end apart: one pair cannot tell a fault from chance.
+`--again train.rowwise=native` (any number of times, each with overrides that change nothing but rounding) trains ours
+once more in OUT/again-1, ...; what is compared then is the mean of ours, and `ours_apart` is the largest distance
+between two of them. `--side again` does these alone.
+
 The same on both sides: initial weights, windows and their order, batch sizes, learning rate, MTP and its weight, the
 sequence-wise balance loss, the biases' updates, decayed parameters, clipping, AdamW's betas and epsilon, held-out text.
 Not the same, because each side is taken as its users have it: ours keeps BF16 weights beside FP32 masters and BF16
@@ -75,6 +80,11 @@ def marks_of(steps: int, number: int) -> list[int]:
     """Steps after which the held-out text is scored: equal distances, the last step included."""
     every = -(-steps // number)
     return [*range(every, steps, every), steps]
+
+
+def apart(sides: Sequence[Side]) -> list[float]:
+    """At each mark the largest held-out loss over the smallest, less 1."""
+    return [max(at) / min(at) - 1 for at in zip(*(side.heldout for side in sides), strict=True)]
 
 
 def heldout_prefix(config: RunConfig) -> Path:
@@ -230,8 +240,8 @@ class PeerRun:
 # --- what came of it ---------------------------------------------------------------------------------------------
 
 
-def report(config: RunConfig, mine: Side, theirs: Side) -> dict[str, Any]:
-    """The JSON object: held-out losses at equal tokens, their gap, times, loads."""
+def report(config: RunConfig, mine: Side, theirs: Side, again: Sequence[Side] = ()) -> dict[str, Any]:
+    """The JSON object: held-out losses at equal tokens, the gap of our mean; times and loads of the first of ours."""
     prefix = heldout_prefix(config)
     predicted = TokenFile(prefix).num_tokens - 1
     text_bytes = Manifest.read(prefix).text_bytes
@@ -251,10 +261,15 @@ def report(config: RunConfig, mine: Side, theirs: Side) -> dict[str, Any]:
             "last_loss": side.rows[-1].loss,
         }
 
-    gaps = [a / b - 1 for a, b in zip(mine.heldout, theirs.heldout, strict=True)]
+    runs = [mine, *again]
+    means = [statistics.fmean(at) for at in zip(*(side.heldout for side in runs), strict=True)]
+    gaps = [a / b - 1 for a, b in zip(means, theirs.heldout, strict=True)]
     tokens = {row.step: row.tokens for row in mine.rows}
-    assert tokens == {row.step: row.tokens for row in theirs.rows}, "the two sides have not seen the same tokens"
-    found = {"ours": described(mine), "transformers": described(theirs)}
+    for side in (theirs, *again):
+        assert tokens == {row.step: row.tokens for row in side.rows}, "the runs have not seen the same tokens"
+    found: dict[str, Any] = {"ours": described(mine), "transformers": described(theirs)}
+    if again:
+        found |= {"ours_again": [described(side) for side in again], "ours_apart_at_marks": apart(runs)}
     loads = found["ours"]["expert_load_max_over_mean_at_end"]
     return {
         "bench": "peer_run",
@@ -271,7 +286,7 @@ def report(config: RunConfig, mine: Side, theirs: Side) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, title: str, mine: Side, theirs: Side) -> None:
+def draw(path: Path, title: str, mine: Side, theirs: Side, again: Sequence[Side] = ()) -> None:
     """Held-out loss by tokens and by time of the steps, training loss behind it, expert load below its bar."""
     import matplotlib
 
@@ -279,18 +294,23 @@ def draw(path: Path, title: str, mine: Side, theirs: Side) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for side, name, colour in ((mine, "ours", "C0"), (theirs, "transformers", "C1")):
-        tokens = np.array([row.tokens for row in side.rows])
+    more = [(side, f"ours, rounded otherwise {number}", f"C{1 + number}") for number, side in enumerate(again, start=1)]
+    for side, name, colour in ((mine, "ours", "C0"), (theirs, "transformers", "C1"), *more):
+        tokens = np.array([row.tokens for row in side.rows]) / 1e6
         hours = np.cumsum([row.seconds for row in side.rows]) / 3600
         at = [row.step - 1 for row in side.rows if row.step in side.marks]
         axes[0].plot(tokens, [row.loss for row in side.rows], colour, alpha=0.2, linewidth=0.6)
         axes[0].plot(tokens[at], side.heldout, colour, marker="o", label=f"{name}, held out")
         axes[1].plot(hours[at], side.heldout, colour, marker="o", label=name)
-        axes[2].plot(tokens, [max(row.load, default=1.0) for row in side.rows], colour, linewidth=0.6, label=name)
+        worst = np.array([max(row.load, default=1.0) for row in side.rows])
+        width = min(LAST, len(worst))
+        even = np.convolve(worst, np.full(width, 1 / width), mode="valid")
+        axes[2].plot(tokens, worst, colour, alpha=0.2, linewidth=0.6)
+        axes[2].plot(tokens[width - 1 :], even, colour, label=f"{name}, mean of {width} steps")
     axes[2].axhline(BALANCED, color="0.5", linewidth=0.8)
     for axis, x, y in zip(
         axes,
-        ("tokens", "hours of steps", "tokens"),
+        ("million tokens", "hours of steps", "million tokens"),
         ("nats a token", "held-out nats a token", "busiest expert over mean, worst layer"),
         strict=True,
     ):
@@ -306,7 +326,8 @@ def main(argv: Sequence[str]) -> int:
     """Both sides, or what `--side` names; the exit code: 1 where the runs are not equal within 1%."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--side", choices=("both", "ours", "peer", "report"), default="both")
+    parser.add_argument("--side", choices=("both", "ours", "again", "peer", "report"), default="both")
+    parser.add_argument("--again", action="append", default=[], metavar="OVERRIDES", help="ours once more, with these")
     parser.add_argument("--marks", type=int, default=8, help="times that the held-out text is scored")
     parser.add_argument("--experts", default="grouped_mm", help="transformers' experts_implementation")
     parser.add_argument("--peer-micro-batch", type=int, default=8, help="sequences at once on the peer's side")
@@ -314,21 +335,30 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     chosen = any(override.startswith("experiment=") for override in arguments.overrides)
     overrides = [*([] if chosen else ["experiment=demo"]), *arguments.overrides]
-    config = checked([*overrides, f"run_dir={arguments.out / 'ours'}"])
+
+    def named(folder: str, more: Sequence[str] = ()) -> tuple[list[str], RunConfig]:
+        words = [*overrides, *more]
+        return words, checked([*words, f"run_dir={arguments.out / folder}"])
+
+    words, config = named("ours")
+    again = [named(f"again-{number}", more.split()) for number, more in enumerate(arguments.again, start=1)]
     assert sibling(heldout_prefix(config), ".json").exists(), f"{heldout_prefix(config)}: no held-out set there"
     marks = marks_of(config.train.steps, arguments.marks)
     if arguments.side in ("both", "ours"):
-        train_ours(overrides, config, marks)
-    if arguments.side == "ours":
+        train_ours(words, config, marks)
+    if arguments.side in ("both", "again"):
+        for more, other in again:
+            train_ours(more, other, marks)
+    if arguments.side in ("ours", "again"):
         return 0
     peer = PeerRun(config, arguments.out / "peer", experts=arguments.experts, micro_batch=arguments.peer_micro_batch)
     if arguments.side in ("both", "peer"):
         peer.train(marks)
     if arguments.side == "peer":
         return 0
-    mine, theirs = ours(config, marks), peer.side(marks)
-    result = report(config, mine, theirs)
-    draw(arguments.out / "peer_run.png", f"{config.name}: ours and transformers", mine, theirs)
+    mine, theirs, others = ours(config, marks), peer.side(marks), [ours(other, marks) for _, other in again]
+    result = report(config, mine, theirs, others)
+    draw(arguments.out / "peer_run.png", f"{config.name}: ours and transformers", mine, theirs, others)
     (arguments.out / "peer_run.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 0 if result["equal_at_end"] else 1

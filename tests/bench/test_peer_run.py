@@ -64,5 +64,11 @@ def test_what_is_reported(run_config: RunConfig, tmp_path: Path, monkeypatch: py
     assert not report(run_config, side([4.0, 3.0], load=1.6), side([4.0, 3.0]))["balanced_at_end"]
     with pytest.raises(AssertionError, match="not seen the same tokens"):
         report(run_config, side([4.0, 3.0]), side([4.0, 3.0], tokens=99))
-    draw(tmp_path / "a.png", "small", side([4.0, 3.0]), side([4.0, 3.0]))
+    again = [side([4.0, 3.06]), side([4.04, 3.03])]
+    several = report(run_config, side([4.0, 3.0]), side([4.0, 3.03]), again)
+    assert several["relative_gap_at_marks"][1] == pytest.approx(0.0) and several["equal_at_end"]
+    assert several["ours_apart_at_marks"] == [pytest.approx(0.01), pytest.approx(0.02)]
+    with pytest.raises(AssertionError, match="not seen the same tokens"):
+        report(run_config, side([4.0, 3.0]), side([4.0, 3.0]), [side([4.0, 3.0], tokens=99)])
+    draw(tmp_path / "a.png", "small", side([4.0, 3.0]), side([4.0, 3.0]), again)
     assert (tmp_path / "a.png").stat().st_size > 10_000
