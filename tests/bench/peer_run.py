@@ -8,8 +8,8 @@ JSON object and draws OUT/peer_run.png. `--side ours` or `--side peer` does one 
 
 Two runs that differ by rounding alone part within fifty steps and end apart: one pair cannot tell a fault from chance.
 `--again train.rowwise=native` (any number of times, each with overrides that change nothing but rounding) trains ours
-once more in OUT/again-1, ...; what is compared then is the mean of ours, and `ours_apart` is the largest distance
-between two of them. `--side again` does these alone.
+once more in OUT/again-1, ...; what is compared then is the mean of ours, and `ours_apart_at_marks` is the
+largest distance between two of them. `--side again` does these alone.
 
 The same on both sides: initial weights, windows and their order, batch sizes, learning rate, MTP and its weight, the
 sequence-wise balance loss, the biases' updates, decayed parameters, clipping, AdamW's betas and epsilon, held-out text.
