@@ -17,9 +17,10 @@ from launcher.runtime import Process
 from launcher.step_plan import StepPlan
 from model.backends import transformer_engine_environment
 from model.block import MoE
-from model.fp8.apply import apply_fp8
+from model.fp8.apply import apply_fp8, give_weights, weight_blocks
 from model.fp8.config import FP8Config
 from model.fp8.quantise import Quantiser
+from model.fp8.weights import WeightBlocks
 from model.rowwise.apply import apply_rowwise
 from model.rowwise.choose import rowwise_kernels
 from model.wgrad_kernels import add_product_kernel, apply_add_product
@@ -28,6 +29,7 @@ from optim.ema import EMA
 from optim.fused import ADAMW
 from optim.schedule import value_at
 from parallel.apply import Layout, LocalModel, build_local_model
+from parallel.bucket import LocalParameter
 from parallel.deepspeed_zero1 import DeepSpeedZero1
 from parallel.expert.wire import QUANTISER
 from parallel.mesh import Groups, Mesh
@@ -141,12 +143,15 @@ def build(
         max_tokens=config.train.micro_batch_size * config.data.sequence_length,
         quantiser=_row_quantiser(config, process.device),
     )  # fmt: skip
-    zero1 = ZERO1[config.optim.zero1](model.parameters.values(), dtype=dtype, offload=config.optim.offload)
+    parameters = _in_blocks(config, model, process.device)
+    zero1 = ZERO1[config.optim.zero1](parameters, dtype=dtype, offload=config.optim.offload)
     if config.train.precision == "fp8":
         _use_fp8(config.fp8, model, process.device)
     rowwise = rowwise_kernels(config.train.rowwise, process.device)
     add_product = add_product_kernel(config.train.weight_grad, process.device)
+    rounded = zero1.rounded_weights()
     for stage in model.stages.values():
+        give_weights(stage, rounded)
         apply_rowwise(stage, rowwise)
         apply_add_product(stage, add_product)
     optimizer = ADAMW[config.optim.adamw](
@@ -177,6 +182,15 @@ def build(
         config, process, mesh, groups, layout, model, executors, zero1, optimizer, batches, Progress(), plan, norms,
         ema, clock,
     )  # fmt: skip
+
+
+def _in_blocks(config: RunConfig, model: LocalModel, device: torch.device) -> list[LocalParameter]:
+    """The parameters, with the blocks of those that the linears read in FP8 alone."""
+    blocks: dict[str, WeightBlocks] = {}
+    if config.train.precision == "fp8":
+        for stage in model.stages.values():
+            blocks |= weight_blocks(stage, config.fp8, device=device)
+    return [replace(parameter, blocks=blocks.get(name)) for name, parameter in model.parameters.items()]
 
 
 def _use_fp8(config: FP8Config, model: LocalModel, device: torch.device) -> None:

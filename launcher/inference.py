@@ -12,7 +12,9 @@ from torch import Tensor
 from data.stream import TokenStream
 from launcher.build import DTYPES
 from launcher.checkpoint.state import Reader, find
-from model.fp8.apply import apply_fp8
+from model.fp8.apply import apply_fp8, give_weights, weight_blocks
+from model.fp8.formats import QuantisedTensor
+from model.fp8.weights import no_numbers
 from model.loss import head_loss
 from model.transformer import Microbatch, Transformer
 
@@ -55,22 +57,30 @@ def load_model(
     reader = Reader(find(checkpoint))
     precision, fp8 = reader.config.train.precision, reader.config.fp8
     kind = "ema" if ema else "master"
-    as_trained, dtype = dtype is None, dtype or DTYPES[precision]
+    in_fp8, dtype = dtype is None and precision == "fp8", dtype or DTYPES[precision]
+    fp8 = replace(fp8, native=fp8.native and shutil.which("g++") is not None)
     with torch.device(device):
         model = Transformer(reader.config.model)
     model.eval().requires_grad_(False)
+    blocks = weight_blocks(model, fp8, device=torch.device(device)) if in_fp8 else {}
+    rounded: dict[str, QuantisedTensor] = {}
     for name, weight in model.named_parameters():
         if ema and not reader.has(kind, name):
             raise InferenceError(f"{reader.path}: holds no average of the weights: train with optim.ema_decay=0.999")
         flat = torch.empty(weight.numel(), dtype=torch.float32)
         reader.read(kind, name, flat)
-        weight.data = flat.view(weight.shape).to(device=weight.device, dtype=dtype)
+        wide = flat.view(weight.shape).to(weight.device)
+        if name in blocks:  # as the run rounds it, from FP32 at once
+            rounded[name] = blocks[name].quantise(wide)
+            weight.data = no_numbers(weight, dtype)
+        else:
+            weight.data = wide.to(dtype)
     for block, router in model.routers().items():
         reader.read("router_bias", str(block), router.e_score_correction_bias)
-    if as_trained and precision == "fp8":
+    if in_fp8:
         backend = "oracle_exact" if fp8.backend == "oracle_exact" else "oracle_fast"
-        native = fp8.native and shutil.which("g++") is not None
-        apply_fp8(model, replace(fp8, backend=backend, grouped="same", native=native), device=device)
+        apply_fp8(model, replace(fp8, backend=backend, grouped="same"), device=device)
+        give_weights(model, rounded)
     return model
 
 

@@ -5,7 +5,7 @@ Backward gives the input's gradient; the weight's goes through the sink (`weight
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from model.threads import spread
 from model.weight_grad import AddProduct, ProductGrad, Weighted, WeightGradSink, add_product
+
+if TYPE_CHECKING:
+    from model.fp8.formats import QuantisedTensor
 
 
 class FP8Call(Protocol):
@@ -26,6 +29,10 @@ class FP8Call(Protocol):
 
     def weights_changed(self) -> None:
         """Called after every update of the weights."""
+        ...
+
+    def take_weight(self, tensor: "QuantisedTensor") -> None:
+        """Read the weight from here on, in 128x128 blocks; its memory changes with every update."""
         ...
 
 

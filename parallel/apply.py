@@ -11,11 +11,11 @@ from model.fp8.quantise import Quantiser
 from model.init import initialise
 from model.router import Router
 from model.transformer import Transformer
+from parallel.bucket import LocalParameter
 from parallel.expert.dispatchers import Tokens, build_dispatcher
 from parallel.expert.wire import QUANTISER
 from parallel.mesh import Groups, Mesh
 from parallel.pipeline.actions import Schedule
-from parallel.zero1 import LocalParameter
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.zero1 import Bucket, LocalParameter, ShardOptimizer, Zero1
+from parallel.bucket import Bucket, LocalParameter
+from parallel.zero1 import ShardOptimizer, Zero1
 
 TESTED_FROM, TESTED_UNTIL = "0.19.8", "0.20"
 

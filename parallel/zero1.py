@@ -5,48 +5,16 @@ its group (for a DualPipe stage 2 x data ranks, the mirror pair included; for ex
 shard, and the new weights are gathered (ZeRO, arXiv 1910.02054, stage 1).
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-from model.weight_grad import forget, settle
-
-ALIGN_ELEMENTS = 64  # every shard starts at a multiple of 256 bytes of FP32
-
-
-@dataclass(frozen=True)
-class LocalParameter:
-    """A parameter of this rank and its place in the whole model.
-
-    name: global name; shape: global shape; offset: flat element of the global tensor at which this rank's part (an
-    expert stack's slice, else all of it) starts. group: ranks that hold the same part. decay: weight decay applies.
-    """
-
-    name: str
-    weight: nn.Parameter
-    shape: tuple[int, ...]
-    offset: int
-    group: dist.ProcessGroup
-    decay: bool
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one parameter inside a shard.
-
-    offset: flat element of the global tensor where it starts; start, stop: elements of the shard.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    start: int
-    stop: int
+from model.fp8.formats import QuantisedTensor
+from model.fp8.watch import TensorStats
+from parallel.bucket import Bucket, LocalParameter
+from parallel.rounded_bucket import RoundedBucket
 
 
 class ShardOptimizer(Protocol):
@@ -68,79 +36,11 @@ class ShardOptimizer(Protocol):
         ...
 
 
-class Bucket:
-    """Parameters with the same group and decay, flattened; one shard of it is this rank's.
-
-    weights: all of them in the model's dtype, which the modules see; grads: FP32 accumulators (`main_grad`).
-    master: this rank's FP32 shard (in FP32 models the weights' own memory); grad: its reduced gradient; step_grad: the
-    same beside the master, where the optimizer reads it. host: keep master and step_grad in host memory.
-    """
-
-    def __init__(self, parameters: list[LocalParameter], dtype: torch.dtype, *, host: bool = False) -> None:
-        self.parameters, self.group, self.decay = parameters, parameters[0].group, parameters[0].decay
-        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        device = parameters[0].weight.device
-        unit = self.size * ALIGN_ELEMENTS
-        total = math.ceil(sum(p.weight.numel() for p in parameters) / unit) * unit
-        wide = torch.zeros(total, dtype=torch.float32, device=device)
-        self.weights = wide if dtype == torch.float32 else torch.empty(total, dtype=dtype, device=device)
-        self.grads = torch.zeros(total, dtype=torch.float32, device=device)
-        self.shard = slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
-        start = 0
-        for parameter in parameters:
-            weight = parameter.weight
-            stop = start + weight.numel()
-            wide[start:stop] = weight.detach().flatten()
-            weight.main_grad = self.grads[start:stop].view(weight.shape)  # type: ignore[attr-defined]
-            start = stop
-        # The masters start from the weights as they were given, before rounding.
-        self.master = wide[self.shard] if wide is self.weights else wide[self.shard].clone()
-        self.weights.copy_(wide)
-        self.lay_weights(self.weights)
-        self.grad = self.grads[self.shard] if self.size == 1 else torch.zeros_like(self.master)
-        self.step_grad = self.grad
-        if host:
-            self.master, self.step_grad = in_host_memory(self.master), in_host_memory(self.grad)
-
-    def lay_weights(self, weights: Tensor) -> None:
-        """Make a flat tensor, of the same values, the memory that the modules' weights lie in."""
-        self.weights, start = weights, 0
-        for parameter in self.parameters:
-            stop = start + parameter.weight.numel()
-            parameter.weight.data = weights[start:stop].view(parameter.weight.shape)
-            start = stop
-
-    def forget_gradients(self) -> None:
-        """The next contribution to each gradient takes the place of what is there."""
-        for parameter in self.parameters:
-            forget(parameter.weight)
-
-    def settle_gradients(self) -> None:
-        """Make `grads` the sum of what came since they were forgotten, also where nothing did."""
-        for parameter in self.parameters:
-            settle(parameter.weight)
-
-    def pieces(self) -> Iterator[Piece]:
-        """What the shard holds, in order; padding left out."""
-        start = 0
-        for p in self.parameters:
-            stop = start + p.weight.numel()
-            low, high = max(start, self.shard.start), min(stop, self.shard.stop)
-            if low < high:
-                yield Piece(p.name, p.shape, p.offset + low - start, low - self.shard.start, high - self.shard.start)
-            start = stop
-
-
-def in_host_memory(tensor: Tensor) -> Tensor:
-    """A copy there, pinned where the original is on a GPU."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor.detach())
-
-
 class Zero1:
     """Gradients and weights of one rank, in buckets of at most about `bucket_bytes` of FP32 gradient.
 
-    dtype: what the modules compute with from here on, whatever the weights were initialised in. offload: masters, and
-    with them an optimizer's moments, in host memory.
+    dtype: what the modules compute with from here on, whatever the weights were initialised in; those with `blocks` are
+    in FP8 and have no wide copy. offload: masters, and with them an optimizer's moments, in host memory.
     """
 
     def __init__(
@@ -151,13 +51,16 @@ class Zero1:
         bucket_bytes: int = 1 << 30,
         offload: bool = False,
     ) -> None:
-        kinds: dict[tuple[int, bool], list[list[LocalParameter]]] = {}
+        kinds: dict[tuple[int, bool, bool], list[list[LocalParameter]]] = {}
         for p in parameters:
-            open_buckets = kinds.setdefault((id(p.group), p.decay), [[]])
+            open_buckets = kinds.setdefault((id(p.group), p.decay, p.blocks is not None), [[]])
             if open_buckets[-1] and 4 * sum(q.weight.numel() for q in [*open_buckets[-1], p]) > bucket_bytes:
                 open_buckets.append([])
             open_buckets[-1].append(p)
-        self.buckets = [Bucket(bucket, dtype, host=offload) for lists in kinds.values() for bucket in lists]
+        self.buckets = [
+            (RoundedBucket if rounded else Bucket)(bucket, dtype, host=offload)
+            for (_, _, rounded), lists in kinds.items() for bucket in lists
+        ]  # fmt: skip
 
     def reduce_gradients(self) -> None:
         """Sum each bucket's gradients over its group into the owners' shards."""
@@ -184,19 +87,30 @@ class Zero1:
         self.publish_weights()
 
     def publish_weights(self) -> None:
-        """Round the masters to the model's dtype and gather every rank's shard."""
-        works = []
+        """Round the masters to what the modules read and gather every rank's shard."""
+        _wait(bucket.find_scales() for bucket in self.buckets)
         for bucket in self.buckets:
-            own = bucket.weights[bucket.shard]
-            if own.data_ptr() != bucket.master.data_ptr():
-                own.copy_(bucket.master)
-            if bucket.size > 1:
-                works.append(dist.all_gather_single(bucket.weights, own, group=bucket.group, async_op=True))
-        for work in works:
-            assert work is not None
-            work.wait()
+            bucket.round_own()
+        _wait(bucket.gather() for bucket in self.buckets)
+
+    def rounded_weights(self) -> dict[str, QuantisedTensor]:
+        """What modules read in FP8, by name; the same memory from one update to the next."""
+        rounded = (bucket for bucket in self.buckets if isinstance(bucket, RoundedBucket))
+        return {name: tensor for bucket in rounded for name, tensor in bucket.tensors()}
+
+    def weight_stats(self) -> list[TensorStats]:
+        """What rounding did to those weights, of whole weights; all ranks of their groups call it together."""
+        rounded = (bucket for bucket in self.buckets if isinstance(bucket, RoundedBucket))
+        return [stats for bucket in rounded for stats in bucket.stats()]
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the step."""
         for bucket in self.buckets:
             bucket.forget_gradients()
+
+
+def _wait(works: Iterable[dist.Work | None]) -> None:
+    """Begin them all, then wait."""
+    for work in list(works):
+        if work is not None:
+            work.wait()

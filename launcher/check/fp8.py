@@ -15,6 +15,7 @@ from model.fp8.config import (
     DEEP_GEMM_UNTIL,
     GROUPED,
     INPUT_CACHES,
+    PRIMARY_WEIGHTS,
     SCALES,
     TRANSFORMER_ENGINE_CUDA_FROM,
     FP8Config,
@@ -27,6 +28,7 @@ CHOICES = {
     "fp8.scales": SCALES,
     "fp8.input_cache": INPUT_CACHES,
     "fp8.attention_cache": ATTENTION_CACHES,
+    "fp8.primary_weights": PRIMARY_WEIGHTS,
 }
 # What it does (GPU_FP8 is Transformer Engine's): any other value of these keys would have no effect there.
 DEEP_GEMM_HAS = {"recompute_swiglu": False, "weights_per_step": True, "watch_every": 0}
@@ -49,6 +51,16 @@ def check_fp8_words(config: RunConfig) -> list[str]:
     if not 0 <= config.fp8.gradient_amax_floor < 1:
         found.append(f"fp8.gradient_amax_floor={config.fp8.gradient_amax_floor:g}: use a number from 0 to 1, such as 0")
     return found
+
+
+def check_primary_weights(config: RunConfig) -> list[str]:
+    """Who gathers the weights can gather them in FP8."""
+    if config.train.precision != "fp8" or config.fp8.primary_weights != "fp8" or config.optim.zero1 == "plain":
+        return []
+    return [
+        f"optim.zero1={config.optim.zero1} gathers weights in BF16 alone: use fp8.primary_weights=bf16, or "
+        "optim.zero1=plain"
+    ]
 
 
 def check_transformer_engine(config: RunConfig) -> list[str]:

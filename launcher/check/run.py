@@ -14,6 +14,7 @@ from launcher.check.fp8 import (
     check_fp8_gpu,
     check_fp8_packages,
     check_fp8_words,
+    check_primary_weights,
     check_transformer_engine,
 )
 from launcher.check.layout import (
@@ -265,6 +266,7 @@ RULES: tuple[Rule, ...] = (
     check_stages,
     check_phases,
     check_fp8_words,
+    check_primary_weights,
     check_transformer_engine,
     check_deep_gemm,
     check_safety,

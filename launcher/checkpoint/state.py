@@ -42,7 +42,7 @@ from launcher.safety.agreement import highest, messages, require_agreed
 from launcher.safety.same_run import differences, flat
 from model.counts import parameter_shapes
 from model.fp8.linear import weights_changed
-from parallel.zero1 import Bucket
+from parallel.bucket import Bucket
 
 __all__ = [
     "CONFIG", "LATEST", "MANIFEST", "TOKENIZER", "CheckpointError", "Reader", "Snapshot", "checkpoints_dir", "commit",

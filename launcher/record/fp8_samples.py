@@ -25,6 +25,7 @@ def end(run: Run) -> list[TensorStats] | None:
     if not is_due(run):
         return None
     own = [watch.take() for watch in watches(run.model.stages.values())]
+    own.append(run.zero1.weight_stats())  # the masters are still those that the step's weights were rounded from
     everyone: list[list[list[TensorStats]] | None] = [None] * dist.get_world_size(run.groups.world)
     dist.all_gather_object(everyone, own, group=run.groups.world)
     return worst(sample for samples in everyone if samples for sample in samples)

@@ -1,16 +1,19 @@
 """Give a model's linears their FP8: every one but embedding, output head and router (report 3.3.1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from model.experts import Experts
 from model.fp8.config import FP8Config
-from model.fp8.formats import Scales
+from model.fp8.formats import AMAX_FLOOR, QuantisedTensor, Scales, Tile
 from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
+from model.fp8.native import NativeKernels
+from model.fp8.quantise import Kernels, Quantiser, TorchKernels
 from model.fp8.swiglu import FP8SwiGLU
 from model.fp8.watch import Watch
+from model.fp8.weights import WeightBlocks
 from model.linear import GroupedLinear, Linear
 from model.mlp import MLP
 
@@ -41,6 +44,34 @@ def fp8_linears(model: nn.Module) -> dict[str, Linear | GroupedLinear]:
             assert isinstance(module, Linear | GroupedLinear)
             found[name] = module
     return found
+
+
+def weight_blocks(model: nn.Module, config: FP8Config, *, device: torch.device) -> dict[str, WeightBlocks]:
+    """In which blocks the weights of `model` are rounded that need no wide copy, by name of the parameter."""
+    if config.primary_weights == "bf16":
+        return {}
+    native = config.native and device.type == "cpu"
+    kernels: Kernels = NativeKernels() if native else TorchKernels()
+    found = {}
+    for name, linear in fp8_linears(model).items():
+        floor = 0.0 if _back_end(config, linear) == "transformer_engine" else AMAX_FLOOR
+        quantiser = Quantiser(Tile.BLOCK, SCALES[config.scales], floor, kernels)
+        found[f"{name}.weight"] = WeightBlocks(tuple(linear.weight.shape), quantiser)
+    return found
+
+
+def _back_end(config: FP8Config, linear: Linear | GroupedLinear) -> str:
+    grouped = isinstance(linear, GroupedLinear) and config.grouped != "same"
+    return config.grouped if grouped else config.backend
+
+
+def give_weights(model: nn.Module, tensors: Mapping[str, QuantisedTensor]) -> None:
+    """Let the linears that compute in FP8 read their weights there; tensors: by name of the parameter."""
+    for name, linear in fp8_linears(model).items():
+        tensor = tensors.get(f"{name}.weight")
+        if tensor is not None:
+            assert linear.fp8 is not None
+            linear.fp8.take_weight(tensor)
 
 
 def apply_fp8(

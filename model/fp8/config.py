@@ -7,6 +7,7 @@ GROUPED = ("same", "deep_gemm")
 SCALES = ("pow2", "fp32")
 INPUT_CACHES = ("fp8", "wide")
 ATTENTION_CACHES = ("e5m6", "fp8", "wide")
+PRIMARY_WEIGHTS = ("fp8", "bf16")
 # Versions whose signatures the adapter is held to, and the sizes that their FP8 products take.
 TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL = "2.20", "2.21"
 TRANSFORMER_ENGINE_MULTIPLE = 16
@@ -27,8 +28,10 @@ class FP8Config:
     the small gradients of large batches). input_cache: what a linear keeps of its input for the weight gradient, the
     1x128 tiles of forward (`fp8`) or 128x1 tiles of the wide input (`wide`). attention_cache: the same for the linear
     after attention. recompute_swiglu: keep the SwiGLU's input in FP8 alone and compute its output again in backward.
-    native: compiled quantisers on a CPU, the same bits as plain torch. weights_per_step: keep the rounded weights of a
-    step. watch_every: steps between rows of the FP8 statistics in the event log; 0: never.
+    native: compiled quantisers on a CPU, the same bits as plain torch. primary_weights: what of these linears' weights
+    a rank holds beside its shard of the FP32 masters, the `fp8` that was rounded from those, or `bf16` to round from.
+    weights_per_step: keep the rounded weights of a step as products read them. watch_every: steps between rows of the
+    FP8 statistics in the event log; 0: never.
     """
 
     backend: str = "oracle_fast"
@@ -39,6 +42,7 @@ class FP8Config:
     attention_cache: str = "e5m6"
     recompute_swiglu: bool = True
     native: bool = True
+    primary_weights: str = "fp8"
     weights_per_step: bool = True
     watch_every: int = 0
 

@@ -102,6 +102,7 @@ class DeepGEMMGrouped:
                     f"choose such sizes, or {INSTEAD}"
                 )
         self.gemm, self._weight = gemm, None
+        self._given: QuantisedTensor | None = None
         self._keeps_rows = config.input_cache == "fp8"
         scales = Scales.POWER_OF_TWO if config.scales == "pow2" else Scales.FP32
         of_input, of_gradient = (
@@ -128,11 +129,15 @@ class DeepGEMMGrouped:
         """Round the weight anew at its next use."""
         self._weight = None
 
+    def take_weight(self, tensor: QuantisedTensor) -> None:
+        """See `model.linear.FP8Call`."""
+        self._given, self._weight = tensor, None
+
     def rounded_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """E4M3 [groups, out, in] and FP32 scales [groups, out / 128, in / 128], kept until `weights_changed`."""
         if self._weight is None:
             groups, out, _ = weight.shape
-            tensor = self.blocks.quantise(weight.detach(), (out,) * groups)
+            tensor = self._given or self.blocks.quantise(weight.detach(), (out,) * groups)
             self._weight = (tensor.values.view(weight.shape), tensor.wide_scales.view(groups, out // TILE_SIZE, -1))
         return self._weight
 

@@ -73,8 +73,10 @@ class LeanEngineLinear(TransformerEngineLinear):
     filled up are a copy which nobody else has, of which Transformer Engine keeps its rounded columns.
     """
 
-    def __init__(self, te: Any, recipe: Any, weight: nn.Parameter, *, shares_input: bool = False) -> None:
-        super().__init__(te, recipe, weight)
+    def __init__(
+        self, te: Any, recipe: Any, weight: nn.Parameter, *, rounded: bool = False, shares_input: bool = False
+    ) -> None:
+        super().__init__(te, recipe, weight, rounded=rounded)
         self._shares_input = shares_input
         self.module.wgrad_store = ColumnsOnly(self.module.wgrad_store)
 
@@ -83,7 +85,10 @@ class LeanEngineLinear(TransformerEngineLinear):
         cls, plain: TransformerEngineLinear, weight: nn.Parameter, *, shares_input: bool = False
     ) -> "LeanEngineLinear":
         """The same layer, keeping less; before it has computed anything."""
-        return cls(plain._te, plain._recipe, weight, shares_input=shares_input)
+        lean = cls(plain._te, plain._recipe, weight, rounded=plain._rounded, shares_input=shares_input)
+        if plain._given is not None:
+            lean.take_weight(plain._given)
+        return lean
 
     def __call__(
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None

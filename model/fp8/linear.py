@@ -65,11 +65,11 @@ SAMPLED = 4096
 
 
 class RoundedWeight:
-    """One weight's rounded form, kept from one optimiser step to the next.
+    """One weight as products read it, kept from one optimiser step to the next; made of a wide weight or of its E4M3.
 
-    Memory: BF16, two bytes a weight (fast form), or E4M3, one byte (exact form). A weight that is a view of a flat
-    buffer does not count its changes, so whoever updates weights must call `weights_changed`; forgetting it is noticed
-    by a sample of the numbers, and raises StaleWeight.
+    Memory: BF16, two bytes a weight (fast form), or E4M3, one byte (exact form; none of its own where E4M3 is given). A
+    weight that is a view of a flat buffer does not count its changes, so whoever updates weights must call
+    `weights_changed`; forgetting it is noticed by a sample of the numbers, and raises StaleWeight.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class RoundedWeight:
 
 def _bits(x: Tensor) -> Tensor:
     """Its bits as integers: NaN is equal to itself."""
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 def round_weight(weight: Tensor, quantiser: Quantiser, products: Products[Any]) -> Any:
@@ -110,7 +110,8 @@ class FP8Layer:
     """What one linear or grouped linear needs to compute in FP8; `model/linear.py` calls it where it is set.
 
     name: of the linear in the model, for `watch`. hold_rounded: a weight gradient that waits holds the output's
-    gradient in its 128x1 tiles, one byte a number, instead of wide.
+    gradient in its 128x1 tiles, one byte a number, instead of wide. given: the weight in 128x128 blocks, where somebody
+    rounds it for the layer; the parameter's own numbers are not looked at then.
     """
 
     recipe: FP8Recipe
@@ -118,6 +119,7 @@ class FP8Layer:
     watch: Watch = field(default_factory=Watch)
     kept: RoundedWeight = field(default_factory=RoundedWeight)
     hold_rounded: bool = False
+    given: QuantisedTensor | None = None
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -148,8 +150,10 @@ class FP8Layer:
         return _FP8Linear.apply(x, weight, sink, counts, self, again)  # type: ignore[return-value]
 
     def watch_input(self, x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> None:
-        """Sample input and weight if a sample is due."""
+        """Sample input and weight if a sample is due; of a given weight whoever rounds it has the figures."""
         self.watch.sample(self.name, "input", x, self.input_rows, counts)
+        if self.given is not None:
+            return
         num_groups = 1 if weight.dim() == 2 else len(weight)
         self.watch.sample(self.name, "weight", weight, self.weight_blocks, (weight.shape[-2],) * num_groups)
 
@@ -159,8 +163,19 @@ class FP8Layer:
         self.watch.sample(self.name, "gradient_columns", grad, self.gradient_columns, counts)
 
     def weight(self, weight: Tensor) -> Any:
-        """The weight in 128x128 blocks."""
-        return self.kept.get(weight, self._rounded) if self.recipe.weights_per_step else self._rounded(weight)
+        """The weight in 128x128 blocks, as products read it."""
+        source, make = (weight, self._rounded) if self.given is None else (self.given.values, self._of_given)
+        return self.kept.get(source, make) if self.recipe.weights_per_step else make(source)
+
+    def take_weight(self, tensor: QuantisedTensor) -> None:
+        """Read the weight from here on; its memory may change where `weights_changed` is called."""
+        self.given = tensor
+        self.kept.drop()
+
+    def _of_given(self, _: Tensor) -> Any:
+        assert self.given is not None
+        self.watch.check(self.name, "weight", self.given.scales)
+        return self.products.requantised(self.weight_blocks, self.given)
 
     def _rounded(self, weight: Tensor) -> Any:
         rounded = round_weight(weight, self.weight_blocks, self.products)

@@ -26,8 +26,10 @@ from model.fp8.precision_map import (
 )
 
 FP32 = 4
-# Of a weight's rounded form, which is kept for the step; scales left out.
+# Of a weight as products read it, which is kept for the step; scales left out. Made of BF16, or beside the E4M3 values
+# that ZeRO-1 gathers, which are the products' own where they can be.
 ROUNDED_BYTES = {"oracle_exact": 1, "oracle_fast": 2, ENGINE: 2, DEEP_GEMM: 1}
+BESIDE_FP8_BYTES = {"oracle_exact": 0, "oracle_fast": 2, ENGINE: 1, DEEP_GEMM: 0}
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,11 @@ def put_off_by_layer(model: ModelConfig, precision: Precision, *, moe: bool, rec
 
 
 def rounded_weight_bytes(precision: Precision, module: str) -> int:
-    """Of each weight of a linear, for its rounded form that is kept for the step; 0 where none is."""
+    """Of each weight of a linear, for the form that products read beside what is gathered; 0 where none is kept."""
     per_step = precision.fp8.weights_per_step or not precision.by_oracle(module)
-    return ROUNDED_BYTES[precision.back_end(module)] if precision.in_fp8 and per_step else 0
+    if not precision.in_fp8 or not per_step:
+        return 0
+    return (BESIDE_FP8_BYTES if precision.fp8_alone else ROUNDED_BYTES)[precision.back_end(module)]
 
 
 def _waiting_gradient(precision: Precision, module: str, *, rounded: bool) -> float:

@@ -98,6 +98,27 @@ class NativeKernels:
         )
         return out
 
+    def amax_of_part(self, part: Tensor, start: int, rows: Rows, num_columns: int) -> Tensor:
+        """See quantise.Kernels."""
+        part, bounds = _flat_fp32(part), _bounds(rows)
+        amax = torch.zeros(scale_shape(Tile.BLOCK, rows, num_columns))
+        self._library.fp8_amax_of_part(
+            *(address(part), ctypes.c_long(start), ctypes.c_long(len(part)), ctypes.c_long(num_columns)),
+            *(address(bounds), ctypes.c_long(rows.num_blocks), address(amax)),
+        )
+        return amax
+
+    def encode_part(self, part: Tensor, start: int, rows: Rows, num_columns: int, scales: Tensor) -> Tensor:
+        """See quantise.Kernels."""
+        part, bounds, scales = _flat_fp32(part), _bounds(rows), _on_cpu(scales).contiguous()
+        values = torch.empty(part.shape, dtype=torch.float8_e4m3fn)
+        self._library.fp8_encode_part(
+            *(address(part), ctypes.c_long(start), ctypes.c_long(len(part)), ctypes.c_long(num_columns)),
+            *(address(bounds), ctypes.c_long(rows.num_blocks), address(scales), int(scales.dtype == torch.uint8)),
+            address(values),
+        )
+        return values
+
     def encode_e5m6(self, x: Tensor, high: Tensor, low: Tensor, exponents: Tensor, *, amax_floor: float) -> None:
         """See e5m6.quantise_e5m6: fills high, low and exponents from x [rows, columns]."""
         x = _on_cpu(x)
@@ -114,6 +135,12 @@ class NativeKernels:
             *(address(part) for part in (high, low, exponents)), *(ctypes.c_long(n) for n in high.shape), address(out)
         )
         return out
+
+
+def _flat_fp32(part: Tensor) -> Tensor:
+    if part.dtype != torch.float32 or part.dim() != 1:
+        raise TypeError(f"a part of a weight is flat and float32, not {part.dtype} of {part.dim()} dimensions")
+    return _on_cpu(part).contiguous()
 
 
 def _on_cpu(x: Tensor) -> Tensor:

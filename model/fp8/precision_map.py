@@ -79,6 +79,11 @@ class Precision:
         """Whether the linears' products are in FP8."""
         return self.precision == "fp8"
 
+    @property
+    def fp8_alone(self) -> bool:
+        """Whether ranks hold the linears' weights in FP8 and in no wider form but the masters."""
+        return self.in_fp8 and self.fp8.primary_weights == "fp8"
+
     def back_end(self, module: str) -> str:
         """What computes a linear in FP8: `fp8.backend`, or `deep_gemm` the experts if `fp8.grouped` says so."""
         return DEEP_GEMM if self.fp8.grouped == DEEP_GEMM and module.startswith("experts.") else self.fp8.backend
@@ -256,12 +261,16 @@ class _Layer:
         one = self.weight(module, "Fprop, Dgrad", shape[-2:], "E4M3", scale=scale)
         tiled = replace(one, bytes=flat[0] // shape[-2] * one.bytes)  # blocks start anew at every expert
         held = not p.by_oracle(module) or p.fp8.weights_per_step
-        yield self.weight(module, "step", flat, note="rounded from the FP32 master")
+        once = "rounded once a step"
+        if p.fp8_alone:
+            once = "rounded once a step, from the FP32 master"
+        else:
+            yield self.weight(module, "step", flat, note="rounded from the FP32 master")
         if back_end == ENGINE:
-            yield replace(tiled, use="Fprop", note="rounded once a step")
+            yield replace(tiled, use="Fprop", note=once)
             yield replace(tiled, use="Dgrad", note="the same numbers, transposed")
             return
-        yield replace(tiled, note="rounded once a step" if held else "rounded at every use")
+        yield replace(tiled, note=once if held or p.fp8_alone else "rounded at every use")
         if back_end == "oracle_fast" and held:
             copy = self.weight(module, "step", flat, "BF16", "the rounded numbers, as the fast product reads them")
             yield replace(copy, tensor="weight, rounded")

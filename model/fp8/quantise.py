@@ -12,6 +12,7 @@ numbers into zeros, torch's cast infinity into 448).
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,6 +74,14 @@ class Kernels(Protocol):
         """Values times scales in BF16 or FP32, [rows, columns]."""
         ...
 
+    def amax_of_part(self, part: Tensor, start: int, rows: Rows, num_columns: int) -> Tensor:
+        """See `weights.WeightBlocks.amax`."""
+        ...
+
+    def encode_part(self, part: Tensor, start: int, rows: Rows, num_columns: int, scales: Tensor) -> Tensor:
+        """See `weights.WeightBlocks.encode`."""
+        ...
+
 
 def tile_amax(x: Tensor, tile: Tile, rows: Rows) -> Tensor:
     """Largest magnitude of every tile in FP32; NaN where the tile has one."""
@@ -125,8 +134,7 @@ class TorchKernels:
             stored = exponents_of(scales)
             scales = exponents_to_scales(stored)
         wide_scales = spread(scales, request.tile, rows, x.shape[1])
-        scaled = x.float() / wide_scales
-        values = torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
+        values = e4m3(x, wide_scales)
         wide = None
         if request.wide:
             wide = values.float() * wide_scales if request.scales is Scales.POWER_OF_TWO else values
@@ -140,6 +148,55 @@ class TorchKernels:
     def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
         """See Kernels."""
         return tensor.dequantise(dtype).view(tensor.values.shape)
+
+    def amax_of_part(self, part: Tensor, start: int, rows: Rows, num_columns: int) -> Tensor:
+        """See Kernels."""
+        amax = torch.zeros(rows.num_blocks, num_strips(num_columns), device=part.device)
+        if len(part):
+            cut = _Cut.of(start, len(part), rows, num_columns)
+            found = tile_amax(cut.filled_up(part), Tile.BLOCK, cut.rows)
+            amax[cut.blocks] = torch.where(found.isfinite(), found, torch.inf)
+        return amax
+
+    def encode_part(self, part: Tensor, start: int, rows: Rows, num_columns: int, scales: Tensor) -> Tensor:
+        """See Kernels."""
+        if not len(part):
+            return torch.empty(0, dtype=torch.float8_e4m3fn, device=part.device)
+        cut = _Cut.of(start, len(part), rows, num_columns)
+        wide = exponents_to_scales(scales) if scales.dtype == torch.uint8 else scales
+        values = e4m3(cut.filled_up(part), spread(wide[cut.blocks], Tile.BLOCK, cut.rows, num_columns))
+        return values.flatten()[cut.before : cut.before + len(part)]
+
+
+def e4m3(x: Tensor, scales: Tensor) -> Tensor:
+    """x over the scale of each number, in E4M3; NaN without a sign."""
+    scaled = x.float() / scales
+    return torch.where(scaled.isnan(), torch.nan, scaled).to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A stretch of a matrix's flat elements, filled up to whole rows.
+
+    before, after: elements that fill up. rows: of those, in blocks as far as they reach; blocks: which of all.
+    """
+
+    before: int
+    after: int
+    rows: Rows
+    blocks: slice
+
+    @staticmethod
+    def of(start: int, length: int, rows: Rows, num_columns: int) -> _Cut:
+        first, stop = start // num_columns, -(-(start + length) // num_columns)
+        low, high = bisect_right(rows.bounds, first) - 1, bisect_left(rows.bounds, stop)
+        bounds = (first, *rows.bounds[low + 1 : high], stop)
+        own = Rows((stop - first,), tuple(row - first for row in bounds))
+        return _Cut(start - first * num_columns, stop * num_columns - start - length, own, slice(low, high))
+
+    def filled_up(self, part: Tensor) -> Tensor:
+        """[rows, columns], zeros around the part."""
+        return torch.nn.functional.pad(part, (self.before, self.after)).view(self.rows.num_rows, -1)
 
 
 @dataclass(frozen=True)

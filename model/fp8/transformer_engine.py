@@ -4,6 +4,9 @@ It is imported when asked for and not before: importing it needs cuDNN and a CUD
 on a GPU; the classes, arguments and attributes it uses are held to the sources of the pinned wheel by
 tests/model/fp8/test_transformer_engine.py, the numbers to the oracle by tests/gpu/test_te_contract.py.
 
+With `fp8.primary_weights=fp8` the weights are its own quantised parameters, whose bytes and scales ZeRO-1 makes
+(`EngineWeight`): nothing wide is behind them, and what is transposed is made of the bytes.
+
 Differences from the report and from the oracle's defaults: activations and gradients are rounded in both orientations
 from the wide tensor (`InputCache.WIDE`); the amax has no floor; nothing is kept in E5M6. Scales are what `fp8.scales`
 says, by an environment variable that it reads when it is imported (`model.backends.transformer_engine_environment`;
@@ -11,7 +14,8 @@ says, by an environment variable that it reads when it is imported (`model.backe
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from model.backends import FP32_SCALES, MissingBackend, load_transformer_engine, transformer_engine_environment
 from model.fp8.config import CAPABILITY, TRANSFORMER_ENGINE_CUDA_FROM, FP8Config
-from model.fp8.formats import TILE_SIZE
+from model.fp8.formats import TILE_SIZE, QuantisedTensor
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import WeightGradSink, main_grad
 
@@ -99,13 +103,19 @@ class TransformerEngineLinear:
     """`FP8Call` over te.Linear, or te.GroupedLinear for a stack of experts' weights [groups, out, in].
 
     The weight stays ours: its memory and its main_grad are shared. It is rounded in the first forward after
-    `weights_changed`, and kept so for the step. overwrites: of each weight gradient that Transformer Engine's queue
-    holds, in its order, whether it will be written over main_grad instead of added.
+    `weights_changed`, and kept so for the step; with `rounded` it is not there until `take_weight`, and then in FP8
+    alone. overwrites: of each weight gradient that Transformer Engine's queue holds, in its order, whether it will be
+    written over main_grad instead of added.
     """
 
-    def __init__(self, te: Any, recipe: Any, weight: nn.Parameter) -> None:
-        self._te, self._recipe, self._fresh = te, recipe, True
+    def __init__(self, te: Any, recipe: Any, weight: nn.Parameter, *, rounded: bool = False) -> None:
+        self._te, self._recipe, self._fresh, self._rounded = te, recipe, True, rounded
         self.overwrites: deque[bool] = deque()
+        stack = weight.dim() == 3
+        self._gradients = list(main_grad(weight)) if stack else [main_grad(weight)]
+        self._names = [f"weight{number}" for number in range(len(weight))] if stack else ["weight"]
+        self._given: QuantisedTensor | None = None
+        self._engine_weights: list[EngineWeight] = []
         out_features, in_features = weight.shape[-2:]
         options = {
             "bias": False,
@@ -114,16 +124,26 @@ class TransformerEngineLinear:
             "fuse_wgrad_accumulation": True,
             "delay_wgrad_compute": True,
         }
-        gradient = main_grad(weight)
-        if weight.dim() == 2:
-            self.module = te.Linear(in_features, out_features, **options)
-            self.module.weight = weight
-            return
-        self.module = te.GroupedLinear(len(weight), in_features, out_features, **options)
-        for number, (part, part_gradient) in enumerate(zip(weight.data, gradient, strict=True)):
-            own = nn.Parameter(part)
-            own.main_grad = part_gradient  # type: ignore[attr-defined]
-            setattr(self.module, f"weight{number}", own)
+        with te.quantized_model_init(enabled=True, recipe=recipe) if rounded else nullcontext():
+            if stack:
+                self.module = te.GroupedLinear(len(weight), in_features, out_features, **options)
+            else:
+                self.module = te.Linear(in_features, out_features, **options)
+        if not rounded:
+            self._set_weights([nn.Parameter(part) for part in weight.data] if stack else [weight])
+
+    def _set_weights(self, weights: Sequence[nn.Parameter]) -> None:
+        """The module's weights, one of each matrix, whose gradients are ours."""
+        for name, own, gradient in zip(self._names, weights, self._gradients, strict=True):
+            own.main_grad = gradient  # type: ignore[attr-defined]
+            setattr(self.module, name, own)
+
+    def take_weight(self, tensor: QuantisedTensor) -> None:
+        """See `model.linear.FP8Call`."""
+        self._given = tensor
+        self._engine_weights = [EngineWeight(self._te, part) for part in tensor.groups()]
+        self._set_weights([weight.parameter for weight in self._engine_weights])
+        self.weights_changed()
 
     def __call__(
         self, x: Tensor, weight: Tensor, sink: WeightGradSink, counts: tuple[int, ...] | None = None
@@ -148,8 +168,39 @@ class TransformerEngineLinear:
         return _AfterBackward.apply(x_RI, weight, sink, self, self._fresh)  # type: ignore[return-value]
 
     def weights_changed(self) -> None:
-        """Round the weight anew at the next use."""
+        """Round the weight anew at the next use, or take what somebody else has rounded."""
         self._fresh = True
+        for weight in self._engine_weights:
+            weight.refresh()
+
+
+class EngineWeight:
+    """A matrix in 128x128 blocks as Transformer Engine's own quantised parameter; its rows are our memory, no copy.
+
+    tensor: E4M3 values [out, in] and their scales, which may change before every `refresh`.
+    """
+
+    def __init__(self, te: Any, tensor: QuantisedTensor) -> None:
+        values = tensor.values.view(torch.uint8)
+        self._tensor, shape = tensor, tuple(values.shape)
+        quantizer = te.Float8BlockQuantizer(
+            te.DType.kFloat8E4M3, rowwise=True, columnwise=True, amax_epsilon=0.0,
+            force_pow_2_scales=tensor.power_of_two, block_scaling_dim=2,
+        )  # fmt: skip
+        # filled up as its products want them
+        scales = torch.zeros(quantizer.get_scale_shape(shape, columnwise=False), device=values.device)
+        self.parameter: Any = nn.Parameter(te.Float8BlockwiseQTensor(
+            shape=shape, dtype=torch.bfloat16, rowwise_data=values, rowwise_scale_inv=scales, columnwise_data=None,
+            columnwise_scale_inv=None, fp8_dtype=te.DType.kFloat8E4M3, quantizer=quantizer, is_2D_scaled=True,
+            device=values.device,
+        ))  # fmt: skip
+        self._scales = scales
+
+    def refresh(self) -> None:
+        """Take the scales, and transpose the values for the input's gradient."""
+        wide = self._tensor.wide_scales
+        self._scales[:, : wide.shape[1]] = wide
+        self.parameter._create_columnwise()
 
 
 def _padded_count(count: int) -> int:
@@ -170,4 +221,7 @@ def apply_transformer_engine(linears: Mapping[str, Linear | GroupedLinear], conf
     """Let these linears compute in Transformer Engine; their weights must be where they will stay."""
     te, recipe = load_engine(config)
     for linear in linears.values():
-        linear.fp8 = TransformerEngineLinear(te, recipe, linear.weight)
+        elsewhere = isinstance(linear, GroupedLinear) and config.grouped != "same"
+        if not elsewhere:
+            rounded = config.primary_weights == "fp8"
+            linear.fp8 = TransformerEngineLinear(te, recipe, linear.weight, rounded=rounded)

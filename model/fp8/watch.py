@@ -4,7 +4,8 @@ A sample takes each tensor once, in the first micro-batch that passes after `arm
 but a look at the scales, on which NaN or infinity in a tile leaves a mark (see quantise.py).
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,19 @@ def tensor_stats(layer: str, tensor: str, x: Tensor, rounded: QuantisedTensor) -
         underflow=((codes == 0) & nonzero).sum().item() / max(1, int(nonzero.sum())),
         relative_error=(narrow - wide).norm().item() / norm if norm else 0.0,
     )
+
+
+def weight_stats(layer: str, sums: Sequence[float], *, amax: float, numel: int) -> TensorStats:
+    """Of a weight, from the sums that `weights.WeightBlocks.figures` gives of its parts."""
+    error, norm, at_limit, vanished, nonzero = sums
+    if not math.isfinite(amax):
+        amax = error = math.nan
+    return TensorStats(
+        layer, "weight", amax,
+        saturated=at_limit / numel,
+        underflow=vanished / max(1.0, nonzero),
+        relative_error=math.sqrt(error / norm) if norm else 0.0,
+    )  # fmt: skip
 
 
 @dataclass

@@ -23,6 +23,7 @@ from parallel.pipeline import overlap
 from parallel.pipeline.actions import Action, Message, Schedule, Step, parts
 from parallel.pipeline.phases import Phase
 from parallel.plan.job import Job
+from parallel.plan.memory import in_blocks
 
 BUCKET_BYTES = 1 << 30  # parallel.zero1
 
@@ -190,18 +191,19 @@ Key = tuple[Ranks, bool]  # holders, and whether only ranks with the same expert
 
 def _buckets(job: Job, layout: Layout, rank: int) -> tuple[tuple[Key, int], ...]:
     """Holders and elements of each bucket, in the order of ZeRO-1: parameters in the order of the model, by kind."""
-    kinds: dict[tuple[Key, bool], list[int]] = {}
+    kinds: dict[tuple[Key, bool, bool], list[int]] = {}
     for name, shape in parameter_shapes(job.model):
         holders = layout.holders(name)
         if rank not in holders:
             continue
         expert = ".mlp.experts." in name and job.parallel.expert > 1
         size = math.prod(shape) // (job.parallel.expert if expert else 1)
-        open_buckets = kinds.setdefault(((holders, expert), len(shape) > 1), [0])
+        alone = job.fp8_alone and in_blocks(name, shape)
+        open_buckets = kinds.setdefault(((holders, expert), len(shape) > 1, alone), [0])
         if open_buckets[-1] and 4 * (open_buckets[-1] + size) > BUCKET_BYTES:
             open_buckets.append(0)
         open_buckets[-1] += size
-    return tuple((key, size) for (key, _), found in kinds.items() for size in found)
+    return tuple((key, size) for (key, _, _), found in kinds.items() for size in found)
 
 
 def summary(cluster: Cluster) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from model.config import ModelConfig
 from model.counts import parameter_shapes
 from model.fp8.config import DEFAULT_FP8, TRANSFORMER_ENGINE_MULTIPLE, FP8Config
-from model.fp8.precision_map import WIDE
+from model.fp8.precision_map import WIDE, Precision
 from parallel.config import ParallelConfig
 from parallel.pipeline.actions import Schedule
 from parallel.pipeline.placement import Placement
@@ -76,6 +76,11 @@ class Job:
     def num_gpus(self) -> int:
         """Ranks of the run."""
         return self.parallel.world_size
+
+    @property
+    def fp8_alone(self) -> bool:
+        """See `Precision.fp8_alone`."""
+        return Precision(self.precision, self.fp8).fp8_alone
 
     @property
     def num_microbatches(self) -> int:

@@ -27,7 +27,7 @@ NCCL_BYTES = 1.5 * 2**30  # assumed: CUDA context and the buffers of about a doz
 MARGIN = 0.04  # of what is allocated: what the caching allocator cannot use, assumed
 # A row: orders, inverses and weights of the local and the flat dispatcher, of the one in stages; there also of a copy.
 LOCAL_INDEX_BYTES, FLAT_INDEX_BYTES, ROUTED_INDEX_BYTES, COPY_INDEX_BYTES = 16, 36, 28, 24
-ALIGN = 64  # elements, parallel.zero1
+ALIGN = 64  # elements, parallel.bucket
 ADAMW_CHUNK, INT64 = 1 << 15, 8  # optim.adamw, a token
 GPU_LOGITS_BYTES, CPU_LOGITS_BYTES = 256 << 20, 4 << 20  # FP32 logits at a time, model.loss
 
@@ -89,12 +89,16 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Holding:
-    """Parameters of one rank that the same group of `group` ranks holds; rounded: those with a copy in FP8."""
+    """Parameters of one rank that the same group of `group` ranks holds.
+
+    rounded: those that products read in FP8; alone: they are held in no wider form (all of these parameters, or none).
+    """
 
     parameters: int
     group: int
     expert: bool
     rounded: int = 0
+    alone: bool = False
 
 
 def stages_of(name: str, stages: tuple[range, ...], *, has_mtp: bool) -> tuple[int, ...]:
@@ -109,25 +113,44 @@ def stages_of(name: str, stages: tuple[range, ...], *, has_mtp: bool) -> tuple[i
     return (last,)
 
 
+def in_blocks(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether products read a parameter in FP8, where the run is in FP8; as `model.fp8.apply.fp8_linears` has it."""
+    return len(shape) > 1 and not any(part in name for part in WIDE)
+
+
 def holdings(
-    model: ModelConfig, parallel: ParallelConfig, schedule: Schedule, stages: tuple[range, ...]
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    schedule: Schedule,
+    stages: tuple[range, ...],
+    *,
+    fp8_alone: bool = False,
 ) -> tuple[tuple[Holding, ...], ...]:
-    """What every pipeline rank holds, by group of ranks that share it."""
-    found: list[dict[tuple[int, bool, bool], tuple[int, int]]] = [{} for _ in range(schedule.num_ranks)]
+    """What every pipeline rank holds, by group of ranks that share it; fp8_alone: see `Precision.fp8_alone`."""
+    found: list[dict[tuple[int, bool, bool, bool], tuple[int, int]]] = [{} for _ in range(schedule.num_ranks)]
     for name, shape in parameter_shapes(model):
         expert = ".mlp.experts." in name
         on = stages_of(name, stages, has_mtp=model.num_nextn_predict_layers > 0)
         ranks = sorted({rank for stage in on for rank in schedule.holders(stage)})
         size = math.prod(shape) // (parallel.expert if expert else 1)
-        key = len(ranks) * parallel.data // (parallel.expert if expert else 1), expert, len(shape) > 1
-        rounded = size if len(shape) > 1 and not any(part in name for part in WIDE) else 0
+        rounded = size if in_blocks(name, shape) else 0
+        group = len(ranks) * parallel.data // (parallel.expert if expert else 1)
+        key = group, expert, len(shape) > 1, fp8_alone and rounded > 0
         for rank in ranks:
             before = found[rank].get(key, (0, 0))
             found[rank][key] = before[0] + size, before[1] + rounded
     return tuple(
-        tuple(Holding(size, group, expert, rounded) for (group, expert, _), (size, rounded) in sorted(held.items()))
+        tuple(
+            Holding(size, group, expert, rounded, alone)
+            for (group, expert, _, alone), (size, rounded) in sorted(held.items())
+        )
         for held in found
     )
+
+
+def held_by(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> tuple[tuple[Holding, ...], ...]:
+    """`holdings` of a run."""
+    return holdings(job.model, job.parallel, schedule, stages, fp8_alone=job.fp8_alone)
 
 
 def setting_of(
@@ -198,14 +221,15 @@ def memory_of(
 ) -> tuple[RankMemory, ...]:
     """Every pipeline rank's memory; ranks of one pipeline position are alike under a balanced gate.
 
-    precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps a rounded copy of the weights beside BF16.
+    precision: fp32 | bf16 | fp8, of weights and activations; fp8 keeps weights rounded, beside BF16 or in its place.
     moments_bytes: of an element of each of the two moments. on_cpu: with gloo and the CPU's scratch memory. offload,
     ema: masters and moments, an average of the weights in host memory.
     """
     setting = setting_of(shape, parallel, precision=precision, fp8=fp8, on_cpu=on_cpu)
     walk = Walk(schedule, stages, setting, level=parallel.overlap if parallel.expert > 1 else "off")
     found = []
-    for rank, held in enumerate(holdings(shape.model, parallel, schedule, stages)):
+    fp8_alone = setting.precision.fp8_alone
+    for rank, held in enumerate(holdings(shape.model, parallel, schedule, stages, fp8_alone=fp8_alone)):
         bytes_by_kind = _held_bytes(held, setting, moments_bytes=moments_bytes)
         host = _host_bytes(held, moments_bytes=moments_bytes, offload=offload, ema=ema)
         if offload:
@@ -227,9 +251,10 @@ def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: i
     number = sum(_shard(h) * h.group for h in held)
     shards = sum(_shard(h) for h in held)
     precision = setting.precision
+    gathered = sum(_shard(h) * h.group * (1 if h.alone else setting.element) for h in held)
     rounded = sum(h.rounded * rounded_weight_bytes(precision, "experts." if h.expert else "") for h in held)
     return {
-        "weights": number * setting.element + rounded,
+        "weights": gathered + rounded,
         "gradients": number * 4 + sum(_shard(h) * 4 for h in held if h.group > 1),
         "masters": 0 if precision.precision == "fp32" else shards * 4,
         "moments": shards * 2 * moments_bytes,
@@ -237,7 +262,7 @@ def _held_bytes(held: tuple[Holding, ...], setting: Setting, *, moments_bytes: i
 
 
 def _host_bytes(held: tuple[Holding, ...], *, moments_bytes: int, offload: bool, ema: bool) -> HostMemory:
-    """As `parallel.zero1.Bucket` and `optim.ema` allocate it."""
+    """As `parallel.bucket.Bucket` and `optim.ema` allocate it."""
     shards = sum(_shard(h) for h in held)
     kept = (shards * 4, shards * 4, shards * 2 * moments_bytes) if offload else (0, 0, 0)
     return HostMemory(*kept, ema=shards * 2 * 4 if ema else 0)

@@ -250,12 +250,12 @@ def _report_rows(found: Plan) -> Iterator[Row]:
 
 
 def _own_rows(found: Plan) -> Iterator[Row]:
-    """This project's engine on the same GPUs, halves of lone chunks overlapped.
+    """This project's engine on the same GPUs, halves of lone chunks overlapped, weights in FP8 alone.
 
     With the report's recomputation and with that of whole layers. The bar is the model's error on the published step
     where nothing is calibrated to it.
     """
-    job = replace(found.job, bare=False)
+    job = replace(found.job, bare=False, fp8=replace(found.job.fp8, primary_weights="fp8"))
     bare = plan(replace(found.job, calibration=replace(found.job.calibration, training=1.0)))
     bar = abs(bare.step_seconds / ISCA_STEP - 1)
     for level in ("report", "layer"):

@@ -14,7 +14,7 @@ from parallel.plan.advice import RECOMPUTE
 from parallel.plan.cost import Chain, price
 from parallel.plan.feasible import problems
 from parallel.plan.job import Job, fp8_problem
-from parallel.plan.memory import holdings, of_job
+from parallel.plan.memory import held_by, of_job
 from parallel.plan.step import end_of_step, seconds
 
 SCHEDULES = ("1f1b", "zbv", "dualpipev", "dualpipe")
@@ -218,10 +218,10 @@ def _least_recomputed(job: Job, given: Job, what: str, rejections: Rejections) -
 
 def _states_bytes(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
     """Weights, gradients, masters and moments of the fullest rank, which whatever it computes comes on top of."""
-    element = 4 if job.precision == "fp32" else 2
     shard = 0 if job.offload else (0 if job.precision == "fp32" else 4) + 2 * job.moments_bytes
-    held = holdings(job.model, job.parallel, schedule, stages)
-    return max(sum(h.parameters * (element + 4 + shard / h.group) for h in rank) for rank in held)
+    held = held_by(job, schedule, stages)
+    weight = {True: 1, False: 4 if job.precision == "fp32" else 2}  # by whether it is in FP8 alone
+    return max(sum(h.parameters * (weight[h.alone] + 4 + shard / h.group) for h in rank) for rank in held)
 
 
 def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
@@ -241,7 +241,7 @@ def weigh(job: Job, schedule: Schedule, stages: tuple[range, ...]) -> float:
         "dualpipev": last * (5 / 3 * mean - 3 * weights) / 2,
         "dualpipe": (last - 1) / 2 * (5 / 3 * mean - 3 * weights),
     }[job.parallel.schedule]
-    ends = [end_of_step(job, held) for held in holdings(job.model, job.parallel, schedule, stages)]
+    ends = [end_of_step(job, held) for held in held_by(job, schedule, stages)]
     after = max(end.update + end.communication for end in ends)
     return job.num_microbatches * max(ranks) + max(0.0, idle) + after
 

@@ -8,7 +8,7 @@ from parallel.pipeline.simulate_phases import PhaseTimeline, simulate_phases
 from parallel.plan.cost import Split, StageCosts, price, split_of
 from parallel.plan.job import Job
 from parallel.plan.kernels import HBM_SHARE, LINK_SHARE
-from parallel.plan.memory import Holding, RankMemory, fullest, holdings, of_job
+from parallel.plan.memory import Holding, RankMemory, fullest, held_by, of_job
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _timed(job: Job) -> Plan:
     level = job.parallel.overlap if job.parallel.expert > 1 else "off"
     costs = price(schedule, stages, shape, job.hardware, job.calibration, bare=job.bare)
     timeline = simulate_phases(schedule, costs, level=level)
-    held = holdings(job.model, job.parallel, schedule, stages)
+    held = held_by(job, schedule, stages)
     ends = [end_of_step(job, rank) for rank in held]
     split = replace(
         split_of(timeline),
@@ -123,17 +123,19 @@ class EndOfStep:
 def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
     """Reduce-scatter of FP32 gradients, AdamW on the shard, all-gather of weights; nothing of it hidden.
 
-    With masters in host memory reduced gradients cross PCIe, and rounded weights back; the update is taken to run at
-    PCIe's rate too, near which a GPU's share of its machine's memory lies. For an average of the weights the masters
-    are copied there; the averaging is beside the next step.
+    Weights that are held in FP8 alone are gathered in one byte, their masters read twice more to round them, and their
+    bytes transposed. With masters in host memory reduced gradients cross PCIe, and weights back, in FP32 where they are
+    rounded on the GPU; the update is taken to run at PCIe's rate too, near which a GPU's share of its machine's memory
+    lies. For an average of the weights the masters are copied there; the averaging is beside the next step.
 
     A group of more ranks than a node is taken to use all adapters of its nodes (rings through every adapter), so that
     NVLink bounds it; the experts' groups have one rank on a node, each with one adapter.
     """
     hardware = job.hardware
-    element = 4 if job.precision == "fp32" else 2
+    wide = 4 if job.precision == "fp32" else 2
     travel = update = 0.0
     for h in held:
+        element = 1 if h.alone else wide
         if h.group > 1:
             spread = not h.expert and h.group >= hardware.gpus_per_node
             one_node = job.num_gpus <= hardware.gpus_per_node
@@ -145,7 +147,9 @@ def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
         host = 0.0
         if job.offload:
             moved = h.parameters * (4 + element) + shard * 4
-            host = shard * (3 * 4 + 4 * job.moments_bytes) + shard * (4 + element)
+            host = shard * (3 * 4 + 4 * job.moments_bytes) + shard * (4 + (4 if h.alone else element))
+        if h.alone:
+            moved += 2 * 4 * shard + 2 * h.parameters
         if job.ema:
             host += shard * (2 * 4 if job.offload else 4)
         update += moved / (HBM_SHARE * hardware.hbm_bytes_per_second)

@@ -67,23 +67,12 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-class OneScale:
-    """Kernels with one scale for the whole tensor: the floor of every tile's amax is the tensor's."""
-
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+class OneScale(TorchKernels):
+    """One scale for the whole tensor: the floor of every tile's amax is the tensor's."""
 
     def encode(self, x: Tensor, rows: Rows, request: Request) -> Encoded:
         """See quantise.Kernels."""
-        return self._kernels.encode(x, rows, replace(request, amax_floor=float(x.abs().max())))
-
-    def recode(self, tensor: QuantisedTensor, request: Request) -> Encoded:
-        """See quantise.Kernels."""
-        return self.encode(self.decode(tensor, torch.float32), tensor.rows, request)
-
-    def decode(self, tensor: QuantisedTensor, dtype: torch.dtype) -> Tensor:
-        """See quantise.Kernels."""
-        return self._kernels.decode(tensor, dtype)
+        return super().encode(x, rows, replace(request, amax_floor=float(x.abs().max())))
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ def variants() -> dict[str, Arithmetic]:
     return {
         "BF16": BF16(),
         "FP8, blocks": FP8(tiles, hopper_product),
-        "FP8, one scale a tensor": FP8(OneScale(tiles), hopper_product),
+        "FP8, one scale a tensor": FP8(OneScale(), hopper_product),
         "FP8, blocks, no promotion": FP8(tiles, unpromoted_product),
     }
 

@@ -5,6 +5,7 @@
 What must agree and how closely is in model/fp8/README.md, "Where a GPU back end must agree".
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from model.fp8.formats import Tile
 from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
 from model.fp8.quantise import Quantiser
 from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_engine
+from model.fp8.weights import WeightBlocks, no_numbers
 from model.linear import GroupedLinear, Linear
-from model.weight_grad import set_sink
+from model.weight_grad import main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
 
 pytestmark = pytest.mark.gpu
@@ -94,6 +96,40 @@ def test_products_agree(engine: Any, sizes: Any, counts: Any, spread: bool) -> N
         results.append((y.detach(), leaf.grad, layer.weight.main_grad))
     for name, expected, found in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
         assert relative(found, expected) < BAR, name
+
+
+@pytest.mark.parametrize(("sizes", "counts"), [((512, 576), None), ((4, 512, 384), (130, 0, 128, 70))])
+def test_weights_in_fp8_alone(engine: Any, sizes: Any, counts: Any) -> None:
+    """Its own quantised parameters over our bytes, before and after an update, against the oracle with these bytes."""
+    te, recipe = engine
+    kind: Any = Linear if len(sizes) == 2 else GroupedLinear
+    oracle, theirs = kind(*sizes), kind(*sizes)
+    blocks = WeightBlocks(tuple(oracle.weight.shape), Quantiser(Tile.BLOCK, amax_floor=0.0))
+    masters = [torch.randn(oracle.weight.shape, generator=torch.Generator().manual_seed(n)) * 0.05 for n in range(2)]
+    tensor = blocks.quantise(masters[0])
+    on_gpu = replace(tensor, values=tensor.values.cuda(), scales=tensor.scales.cuda())
+    oracle.weight.data = no_numbers(oracle.weight, torch.bfloat16)
+    theirs.weight.data = no_numbers(theirs.weight.cuda(), torch.bfloat16)
+    oracle.fp8, theirs.fp8 = FP8Layer(RECIPE), TransformerEngineLinear(te, recipe, theirs.weight, rounded=True)
+    oracle.fp8.take_weight(tensor)
+    theirs.fp8.take_weight(on_gpu)
+    rows = sum(counts) if counts else 300
+    x, grad = data(rows, sizes[-2], seed=1, spread=False), data(rows, sizes[-1], seed=2, spread=False)
+    for master in masters:
+        fresh = blocks.quantise(master)
+        for held in (tensor, on_gpu):
+            held.values.copy_(fresh.values)
+            held.scales.copy_(fresh.scales)
+        results = []
+        for layer, device in ((oracle, "cpu"), (theirs, "cuda")):
+            layer.fp8.weights_changed()
+            main_grad(layer.weight).zero_()
+            leaf = x.to(device).requires_grad_()
+            y = layer(leaf, counts) if counts else layer(leaf)
+            y.backward(grad.to(device))
+            results.append((y.detach(), leaf.grad, layer.weight.main_grad))
+        for name, expected, found in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
+            assert relative(found, expected) < BAR, name
 
 
 def test_put_off_weight_gradients_add_up(engine: Any) -> None:

@@ -18,7 +18,7 @@ from launcher.config import RunConfig
 from model.weight_grad import accumulate
 from optim.adamw import AdamW
 from optim.config import OptimConfig
-from parallel.zero1 import LocalParameter
+from parallel.bucket import LocalParameter
 from tests.distributed import run_distributed
 from tests.launcher.checkpoint.states import VOCAB, prepared, session, whole
 from tests.launcher.spine import config, parallel_trace, write_tokens

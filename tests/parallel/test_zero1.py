@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from model.weight_grad import accumulate
-from parallel.zero1 import ALIGN_ELEMENTS, LocalParameter, Zero1
+from parallel.bucket import ALIGN_ELEMENTS, LocalParameter
+from parallel.zero1 import Zero1
 from tests.distributed import run_distributed
 
 # Odd sizes, one larger than a shard, one of a single element; vectors are not decayed.

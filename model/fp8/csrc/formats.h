@@ -50,6 +50,11 @@ inline float power_of_two(uint32_t exponent) {
     return number(exponent == 255 ? NAN_BITS : exponent == 0 ? 1u << 22 : exponent << 23);
 }
 
+// 2^(127 - byte); bytes of scales are 1 to 253, or 255.
+inline float inverse_power_of_two(uint32_t exponent) {
+    return number(exponent == 255 ? NAN_BITS : (254 - exponent) << 23);
+}
+
 // The scale of a tile from its largest magnitude; NaN for a tile with a number that is not finite.
 struct Scale {
     float scale, inverse;
@@ -62,7 +67,7 @@ inline Scale scale_of(uint32_t amax_bits, float floor, float largest, bool power
     uint32_t s = amax == 0 ? bits(1.0f) : std::max(bits(amax / largest), 1u << 23);
     if (!power) return {number(s), 0, 0};
     uint32_t exponent = (s + 0x7fffff) >> 23;
-    return {number(exponent << 23), number((254 - exponent) << 23), uint8_t(exponent)};
+    return {number(exponent << 23), inverse_power_of_two(exponent), uint8_t(exponent)};
 }
 
 inline uint16_t magnitude_of(uint16_t x) { return x & 0x7fff; }

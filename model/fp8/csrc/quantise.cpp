@@ -268,6 +268,45 @@ void decode_rows(const uint8_t* codes, const Job& job, const void* scales, int t
         }
 }
 
+// Elements start to start + count of the flat matrix, cut at rows and strips, in the order of blocks: f(block, strip,
+// offset, n, fresh) for n neighbours from start + offset on, all of one tile; fresh: the first of that tile.
+template <class F>
+void for_parts(long start, long count, long cols, const int64_t* bounds, long num_blocks, F f) {
+    long stop = start + count, strips = (cols + TILE - 1) / TILE;
+    for (long b = std::upper_bound(bounds, bounds + num_blocks + 1, start / cols) - bounds - 1; b < num_blocks; b++) {
+        if (bounds[b] * cols >= stop) return;
+        long first = std::max<long>(bounds[b], start / cols), last = std::min<long>(bounds[b + 1], (stop + cols - 1) / cols);
+        for (long strip = 0; strip < strips; strip++) {
+            bool fresh = true;
+            for (long i = first; i < last; i++) {
+                long from = std::max(start, i * cols + strip * TILE);
+                long to = std::min(stop, i * cols + std::min(cols, (strip + 1) * TILE));
+                if (from >= to) continue;
+                f(b, strip, from - start, to - from, fresh);
+                fresh = false;
+            }
+        }
+    }
+}
+
+template <bool POWER>
+void encode_part(const float* x, long start, long count, long cols, const int64_t* bounds, long num_blocks,
+                 const void* scales, uint8_t* codes) {
+    long strips = (cols + TILE - 1) / TILE;
+    Strip now;
+    now.plain = false;
+    for_parts(start, count, cols, bounds, num_blocks, [&](long b, long strip, long at, long n, bool fresh) {
+        if (fresh) {
+            long index = b * strips + strip;
+            uint32_t exponent = POWER ? static_cast<const uint8_t*>(scales)[index] : 0;
+            Scale s = POWER ? Scale{power_of_two(exponent), inverse_power_of_two(exponent), uint8_t(exponent)}
+                            : Scale{static_cast<const float*>(scales)[index], 0, 0};
+            now.set(0, TILE, s);
+        }
+        encode_any<float, POWER, true, false>(x + at, n, now, codes + at, nullptr);
+    });
+}
+
 template <class In>
 void encode_e5m6(const In* x, long rows, long cols, long stride, float floor, uint8_t* high, uint8_t* low, uint8_t* out) {
     long strips = (cols + TILE - 1) / TILE;
@@ -339,6 +378,23 @@ void fp8_dequantise(const uint8_t* codes, const void* scales, long cols, const i
         run(static_cast<float*>(out));
     else
         run(static_cast<uint16_t*>(out));
+}
+
+// x: FP32 elements start to start + count of a flat matrix of `cols` columns. amax [blocks, strips], zeros at first.
+void fp8_amax_of_part(const float* x, long start, long count, long cols, const int64_t* bounds, long num_blocks,
+                      float* amax) {
+    long strips = (cols + TILE - 1) / TILE;
+    for_parts(start, count, cols, bounds, num_blocks, [&](long b, long strip, long at, long n, bool) {
+        uint32_t found = std::min(largest_of(x + at, n), INFINITE);
+        float& most = amax[b * strips + strip];
+        most = number(std::max(bits(most), found));
+    });
+}
+
+// The same elements to E4M3 with the scales [blocks, strips] of the whole matrix, FP32 or one byte each.
+void fp8_encode_part(const float* x, long start, long count, long cols, const int64_t* bounds, long num_blocks,
+                     const void* scales, int power_of_two, uint8_t* codes) {
+    (power_of_two ? encode_part<true> : encode_part<false>)(x, start, count, cols, bounds, num_blocks, scales, codes);
 }
 
 // E4M3 in 1x128 tiles with exponents -> BF16 rounded in 128x1 tiles with exponents `scales`, a block of rows at a time.

@@ -26,11 +26,21 @@ def test_the_oracle_runs_anywhere() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("backend", "deepgemm"), ("grouped", "deepgemm"), ("scales", "ue8m0"), ("input_cache", "e5m6"),
-     ("attention_cache", "bf16"), ("gradient_amax_floor", "-1"), ("watch_every", "-1")],
+     ("attention_cache", "bf16"), ("gradient_amax_floor", "-1"), ("watch_every", "-1"), ("primary_weights", "fp32")],
 )  # fmt: skip
 def test_unknown_words(key: str, value: str) -> None:
     (line,) = found(run(f"fp8.{key}={value}"))
     assert line.startswith(f"fp8.{key}={value}: use ")
+
+
+def test_weights_that_deepspeed_gathers_are_in_bf16(monkeypatch: Any) -> None:
+    monkeypatch.setattr(backends, "installed", lambda package: "0.19.8")
+    (line,) = found(run("optim.zero1=deepspeed"))
+    assert line == (
+        "optim.zero1=deepspeed gathers weights in BF16 alone: use fp8.primary_weights=bf16, or optim.zero1=plain"
+    )
+    assert not found(run("optim.zero1=deepspeed", "fp8.primary_weights=bf16"))
+    assert not found(run("optim.zero1=deepspeed", "train.precision=bf16"))
 
 
 @pytest.fixture(autouse=True)

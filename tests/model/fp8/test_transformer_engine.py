@@ -18,11 +18,15 @@ from torch import nn
 from model import backends
 from model.fp8 import transformer_engine as adapter
 from model.fp8.config import TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_UNTIL, FP8Config
+from model.fp8.formats import Scales, Tile
 from model.fp8.linear import weights_changed
+from model.fp8.quantise import Quantiser
 from model.fp8.transformer_engine import MissingBackend, TransformerEngineLinear, load_engine, padded_rows
+from model.fp8.weights import WeightBlocks, no_numbers
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import forget, main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
+from tests.model.fp8.data import relative_error
 from tests.model.wheel import (
     VERSION,
     calls_of,
@@ -36,18 +40,75 @@ from tests.model.wheel import (
 )
 
 
+class StandQuantizer:
+    def __init__(
+        self, fp8_dtype: str, *, rowwise: bool, columnwise: bool, amax_epsilon: float, force_pow_2_scales: bool,
+        block_scaling_dim: int,
+    ) -> None:  # fmt: skip
+        assert (fp8_dtype, rowwise, columnwise, amax_epsilon, block_scaling_dim) == ("e4m3", True, True, 0.0, 2)
+        self.pow2 = force_pow_2_scales
+
+    def get_scale_shape(self, shape: tuple[int, ...], columnwise: bool) -> tuple[int, int]:
+        rows, columns = (-(-size // 128) for size in (reversed(shape) if columnwise else shape))
+        return rows, -(-columns // 4) * 4
+
+
+class StandTensor(torch.Tensor):
+    """Bytes and scales in rows, and in columns once they are made of the rows; what its shape holds is nobody's."""
+
+    parts: dict[str, Any]
+
+    @staticmethod
+    def make(
+        *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_2D_scaled: bool, **parts: Any
+    ) -> Any:
+        assert is_2D_scaled and parts["rowwise_data"].dtype == torch.uint8 and parts["fp8_dtype"] == "e4m3"
+        made = torch.full(shape, torch.nan, dtype=dtype, device=device).as_subclass(StandTensor)
+        made.parts = parts
+        return made
+
+    def detach(self) -> Any:
+        other = super().detach().as_subclass(StandTensor)
+        other.parts = self.parts
+        return other
+
+    def _create_columnwise(self) -> None:
+        parts = self.parts
+        parts["columnwise_data"] = parts["rowwise_data"].t().contiguous()
+        scales = torch.zeros(parts["quantizer"].get_scale_shape(self.shape, columnwise=True))
+        blocks = -(-self.shape[0] // 128)
+        scales[:, :blocks] = parts["rowwise_scale_inv"].t()[: len(scales), :blocks]
+        parts["columnwise_scale_inv"] = scales
+
+    def wide(self, side: str) -> torch.Tensor:
+        """What products read, FP32 [rows, columns] of that side."""
+        values = self.parts[f"{side}_data"].view(torch.float8_e4m3fn).float()
+        scales = self.parts[f"{side}_scale_inv"].repeat_interleave(128, 0)[: len(values)]
+        return values * scales.repeat_interleave(128, 1)[:, : values.shape[1]]
+
+
+def wide_of(weights: Any, side: str) -> list[torch.Tensor]:
+    """Weights as the forward (rowwise) or the input's gradient (columnwise) reads them, the latter transposed back."""
+    if not isinstance(weights[0], StandTensor):
+        return list(weights)
+    parts = [weight.wide(side) for weight in weights]
+    return parts if side == "rowwise" else [part.t() for part in parts]
+
+
 class _Product(torch.autograd.Function):
     """Wide products whose weight gradients wait in a queue, as with delay_wgrad_compute."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, splits: Any, first: Any, module: Any, *weights: Any) -> Any:
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x)
         ctx.splits, ctx.first, ctx.module = splits, first, module
-        return torch.cat([part @ weight.t() for part, weight in zip(x.split(splits), weights, strict=True)])
+        rows = wide_of(weights, "rowwise")
+        return torch.cat([part @ weight.t() for part, weight in zip(x.split(splits), rows, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, *weights = ctx.saved_tensors
+        x = ctx.saved_tensors[0]
+        weights = wide_of(ctx.module.weights(), "columnwise")
         parts = list(zip(grads[0].split(ctx.splits), x.split(ctx.splits), weights, strict=True))
         ctx.module.waiting.put(([(grad, rows) for grad, rows, _ in parts], ctx.first))
         return torch.cat([grad @ weight for grad, _, weight in parts]), None, None, None, *([None] * len(weights))
@@ -56,6 +117,7 @@ class _Product(torch.autograd.Function):
 class _Stand(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        self.made_for = PARAMETERS[-1]
         assert options["delay_wgrad_compute"] and options["fuse_wgrad_accumulation"] and not options["bias"]
         self.waiting: queue.Queue[Any] = queue.Queue()
         self.first: list[bool] = []
@@ -101,7 +163,22 @@ def autocast(*, enabled: bool, recipe: Any) -> Iterator[None]:
     yield
 
 
-STAND = SimpleNamespace(Linear=StandLinear, GroupedLinear=StandGrouped, autocast=autocast)
+PARAMETERS = ["wide"]  # what modules are made for, innermost last
+
+
+@contextmanager
+def quantized_model_init(*, enabled: bool, recipe: Any) -> Iterator[None]:
+    assert enabled and recipe == "recipe"
+    PARAMETERS.append("quantised")
+    yield
+    PARAMETERS.pop()
+
+
+STAND = SimpleNamespace(
+    Linear=StandLinear, GroupedLinear=StandGrouped, autocast=autocast, quantized_model_init=quantized_model_init,
+    Float8BlockQuantizer=StandQuantizer, Float8BlockwiseQTensor=StandTensor.make,
+    DType=SimpleNamespace(kFloat8E4M3="e4m3"),
+)  # fmt: skip
 
 
 def pair(*sizes: int) -> tuple[Any, Any]:
@@ -174,6 +251,37 @@ def test_weights_are_rounded_once_a_step() -> None:
     weights_changed(holder)
     ours(torch.randn(4, 16))
     assert ours.fp8.module.first == [True, False, True]
+
+
+@pytest.mark.parametrize("scales", Scales)
+@pytest.mark.parametrize(("sizes", "arguments", "rows"), [((200, 140), (), 37), ((3, 200, 140), ((130, 0, 5),), 135)])
+def test_weights_in_fp8_alone_are_its_own_parameters(sizes: Any, arguments: Any, rows: int, scales: Scales) -> None:
+    """Of our bytes, refreshed after every update; products and gradients are those of the rounded weight."""
+    plain, ours = (Linear(*sizes) if len(sizes) == 2 else GroupedLinear(*sizes) for _ in range(2))
+    blocks = WeightBlocks(tuple(plain.weight.shape), Quantiser(Tile.BLOCK, scales, 0.0))
+    generator = torch.Generator().manual_seed(0)
+    masters = [torch.randn(plain.weight.shape, generator=generator) for _ in range(2)]
+    tensor = blocks.quantise(masters[0])
+    ours.weight.data = no_numbers(ours.weight, torch.float32)
+    ours.fp8 = TransformerEngineLinear(STAND, "recipe", ours.weight, rounded=True)
+    ours.fp8.take_weight(tensor)
+    module = ours.fp8.module
+    own = module.weights()
+    assert module.made_for == "quantised" and module.weights()[0].parts["quantizer"].pow2 is tensor.power_of_two
+    assert own[0].parts["rowwise_data"].data_ptr() == tensor.values.data_ptr()  # no copy
+    for master in masters:
+        fresh = blocks.quantise(master)
+        tensor.values.copy_(fresh.values)
+        tensor.scales.copy_(fresh.scales)
+        weights_changed(nn.ModuleList([ours]))
+        plain.weight.data = fresh.dequantise(torch.float32)
+        x, y = (torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+        plain(x, *arguments).square().sum().backward()
+        ours(y, *arguments).square().sum().backward()
+        assert y.grad is not None and x.grad is not None
+        assert relative_error(y.grad, x.grad) < 1e-6
+        assert relative_error(main_grad(ours.weight), main_grad(plain.weight)) < 1e-6
+    assert module.first == [True, True] and ours.weight.grad is None
 
 
 def test_an_input_without_gradient_still_gives_the_weights() -> None:
@@ -298,10 +406,19 @@ def test_every_call_fits_the_wheel(wheel: zipfile.ZipFile) -> None:
         *((c, function_of(quantization, None, "is_fp8_block_scaling_available"), set())
           for c in calls("te.is_fp8_block_scaling_available")),
     ]  # fmt: skip
+    tensors = parsed(wheel, "pytorch/tensor/float8_blockwise_tensor.py")
+    checked += [
+        *((c, function_of(tensors, "Float8BlockQuantizer", "__init__"), set())
+          for c in calls("te.Float8BlockQuantizer")),
+        *((c, function_of(tensors, "Float8BlockQuantizer", "get_scale_shape"), set())
+          for c in calls("quantizer.get_scale_shape")),
+        *((c, function_of(quantization, None, "quantized_model_init"), set())
+          for c in calls("te.quantized_model_init")),
+    ]  # fmt: skip
     modules = calls("self.module")
     checked += [(c, function_of(linear, "Linear", "forward"), set()) for c in modules if len(c.args) == 1]
     checked += [(c, function_of(grouped, "GroupedLinear", "forward"), set()) for c in modules if len(c.args) == 2]
-    assert len(checked) == 6
+    assert len(checked) == 9
     for call, function, extra in checked:
         assert fits(call, function, extra), f"{ast.unparse(call)} does not fit {parameters(function)}"
     assert calls("self._layer.module.backward_dw") and not parameters(
@@ -326,7 +443,7 @@ def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
     imports = [n for n in ast.walk(parsed(wheel, "pytorch/__init__.py")) if isinstance(n, ast.ImportFrom)]
     exported = {alias.name for statement in imports for alias in statement.names}
     names = ("Linear", "GroupedLinear", "autocast", "is_fp8_block_scaling_available", "Float8BlockQuantizer", "DType")
-    for name in names:
+    for name in (*names, "quantized_model_init", "Float8BlockwiseQTensor"):
         assert name in exported, name
     grouped = ast.unparse(function_of(parsed(wheel, "pytorch/module/grouped_linear.py"), "GroupedLinear", "__init__"))
     assert "f'weight{i}'" in grouped
@@ -343,6 +460,26 @@ def test_names_that_the_adapter_relies_on(wheel: zipfile.ZipFile) -> None:
     (made,) = [n for n in ast.walk(contract) if isinstance(n, ast.Call) and "BlockQuantizer" in ast.unparse(n.func)]
     assert fits(made, quantizer)
     assert "power_2_scale" in ast.unparse(class_of(recipes, "QParams"))
+
+
+@pytest.mark.slow
+def test_quantised_parameters_are_made_as_the_wheel_makes_them(wheel: zipfile.ZipFile) -> None:
+    """Its class takes what is given; the transposed half comes of the rows; a quantised weight is left alone."""
+    tensors = parsed(wheel, "pytorch/tensor/float8_blockwise_tensor.py")
+    base = parsed(wheel, "pytorch/quantized_tensor.py")
+    own = parameters(function_of(tensors, "Float8BlockwiseQTensor", "__new__"))
+    (made,) = calls("te.Float8BlockwiseQTensor")
+    given = {keyword.arg for keyword in made.keywords}
+    wrapper = parameters(function_of(base, "QuantizedTensor", "__new__"))
+    assert not made.args and given <= {*own, *wrapper} and {name for name in own if name != "cls"} <= given
+    storage = parsed(wheel, "pytorch/tensor/storage/float8_blockwise_tensor_storage.py")
+    transposed = ast.unparse(function_of(storage, "Float8BlockwiseQTensorStorage", "_create_columnwise"))
+    assert "tex.fp8_transpose(rowwise_data" in transposed and "assert self._is_2D_scaled" in transposed
+    quantize = ast.unparse(function_of(parsed(wheel, "pytorch/module/base.py"), None, "quantize_weight"))
+    kept, _, made_anew = quantize.partition("if workspace is not None and quantizer is not None")
+    assert "if isinstance(tensor, QuantizedTensor):" in kept and "return (tensor, None)" in kept and made_anew
+    constants = ast.unparse(class_of(parsed(wheel, "pytorch/constants.py"), "DType"))
+    assert "kFloat8E4M3" in constants
 
 
 @pytest.mark.slow

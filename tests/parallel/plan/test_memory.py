@@ -5,9 +5,9 @@ import pytest
 
 from model.counts import counts
 from parallel.plan.live import KINDS, Stage
-from parallel.plan.memory import MARGIN, holdings, memory_of, of_job, setting_of, stages_of
+from parallel.plan.memory import MARGIN, held_by, holdings, memory_of, of_job, setting_of, stages_of
 from parallel.plan.swing import Acting, swing_of
-from tests.parallel.plan.jobs import V3, small, v3
+from tests.parallel.plan.jobs import small, v3
 
 
 def parts(job):
@@ -46,14 +46,18 @@ def test_embedding_is_on_both_ends_with_mtp():
     assert stages_of("mtp.0.norm.weight", stages, has_mtp=True) == (1,)
 
 
-def test_kinds_of_the_published_run():
+@pytest.mark.parametrize(("primary", "wide", "each"), [("fp8", 0, 2), ("bf16", 2, 2)])
+def test_kinds_of_the_published_run(primary, wide, each):
+    """Transformer Engine reads a weight and its transpose, a byte each: alone, or made of BF16."""
     job = v3()
+    job = replace(job, fp8=replace(job.fp8, primary_weights=primary))
     schedule, stages = parts(job)
     ranks = memory_of(job.shape(), job.parallel, schedule, stages, precision="fp8", fp8=job.fp8)
-    middle, held = ranks[5], holdings(V3, job.parallel, schedule, stages)[5]
+    middle, held = ranks[5], held_by(job, schedule, stages)[5]
     number = sum(h.parameters for h in held)
     rounded = sum(h.rounded for h in held)
-    assert middle.weights == pytest.approx(2 * number + 2 * rounded, rel=1e-6) and 0.97 < rounded / number < 1
+    expected = 2 * (number - rounded) + (wide + each) * rounded
+    assert middle.weights == pytest.approx(expected, rel=1e-5) and 0.97 < rounded / number < 1
     assert middle.gradients == pytest.approx(4 * number + 4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.masters == pytest.approx(4 * sum(h.parameters / h.group for h in held), rel=1e-6)
     assert middle.moments == pytest.approx(middle.masters)

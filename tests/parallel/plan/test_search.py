@@ -10,7 +10,7 @@ from tests.parallel.plan.jobs import ENGINE, small
 
 @pytest.fixture(scope="module")
 def found():
-    return search(small(hardware=replace(small().hardware, memory_bytes=120e9)), simulated=4)
+    return search(small(hardware=replace(small().hardware, memory_bytes=115e9)), simulated=4)
 
 
 def test_the_fastest_that_fits_comes_first(found):
@@ -47,7 +47,7 @@ def test_too_small_a_cluster_gets_the_smallest_that_can():
 
 
 def test_precisions_that_are_not_asked_for_are_not_looked_at():
-    job = small(hardware=replace(small().hardware, memory_bytes=120e9))
+    job = small(hardware=replace(small().hardware, memory_bytes=115e9))
     both, one = search(job, simulated=0), search(job, precisions=("bf16",), simulated=0)
     assert {c.job.precision for c in both.candidates} == {"fp8", "bf16"}
     assert {c.job.precision for c in one.candidates} == {"bf16"} and 2 * one.looked_at + 1 == both.looked_at
@@ -55,7 +55,7 @@ def test_precisions_that_are_not_asked_for_are_not_looked_at():
 
 
 def test_fp8_that_would_be_emulated_is_searched_for_as_gpus_run_it():
-    job = small(hardware=replace(small().hardware, memory_bytes=120e9), precision="bf16", fp8=FP8Config())
+    job = small(hardware=replace(small().hardware, memory_bytes=115e9), precision="bf16", fp8=FP8Config())
     best = search(job, precisions=("fp8",), simulated=0).candidates[0]
     assert best.job.fp8 == ENGINE
     assert best.words().endswith("fp8.input_cache=wide fp8.attention_cache=wide fp8.recompute_swiglu=false")
