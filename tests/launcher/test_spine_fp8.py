@@ -16,8 +16,8 @@ from launcher.build import build
 from launcher.checkpoint.state import checkpoints_dir, latest, load, save
 from launcher.config import RunConfig
 from launcher.runtime import process_group
-from launcher.step import train_step
-from model.fp8.apply import apply_fp8
+from launcher.step import run_pipeline, train_step
+from model.fp8.apply import apply_fp8, fp8_linears
 from model.fp8.config import FP8Config
 from model.transformer import Transformer
 from tests.distributed import run_distributed
@@ -119,3 +119,38 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
     for expected, losses, straight, again, back in run_distributed(2, resumed_and_straight, in_fp8(base)):
         assert losses == expected and back == expected[0]
         assert straight.keys() == again.keys() and all(torch.equal(straight[k], again[k]) for k in straight)
+
+
+def weight_bytes(run_config: RunConfig) -> tuple[int, int, int]:
+    """Of a rank inside a step: parameters in FP8, others, and bytes of all tensors that hold weights, masters left out."""
+    with process_group(run_config.train) as process:
+        run = build(run_config, process)
+        run_pipeline(run)  # after which what the products read is still there
+        linears = [linear for stage in run.model.stages.values() for linear in fp8_linears(stage).values()]
+        inside = sum(linear.weight.numel() for linear in linears)
+        seen: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> None:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+        for parameter in run.model.parameters.values():
+            count(parameter.weight)
+        for tensor in run.zero1.rounded_weights().values():
+            count(tensor.values)
+            count(tensor.scales)
+        for linear in linears:
+            count(linear.fp8.kept._rounded.values)
+        everything = sum(parameter.weight.numel() for parameter in run.model.parameters.values())
+        return inside, everything - inside, sum(seen.values())
+
+
+@pytest.mark.parametrize(("keys", "each"), [
+    ({"backend": "oracle_exact"}, 1), ({"backend": "oracle_exact", "primary_weights": "bf16"}, 3),
+    ({}, 3), ({"primary_weights": "bf16"}, 4),
+])  # fmt: skip
+def test_no_wide_copy_of_the_weights_is_left(tmp_path: Path, keys: dict[str, Any], each: int) -> None:
+    """Bytes of a weight in FP8: what is gathered, and what the products read where that is something else."""
+    prefix = write_tokens(str(tmp_path / "tokens"))
+    run_config = config(prefix, pipeline=2, expert=1, data=1, schedule="dualpipe", layers=(2, 4), microbatches=4)
+    for inside, outside, held in run_distributed(2, weight_bytes, in_fp8(run_config, **keys)):
+        assert inside > outside / 3 and abs(held - each * inside - 2 * outside) < 0.02 * held
