@@ -19,6 +19,7 @@ from launcher.runtime import process_group
 from launcher.step import run_pipeline, train_step
 from model.fp8.apply import apply_fp8, fp8_linears
 from model.fp8.config import FP8Config
+from model.fp8.linear import FP8Layer
 from model.transformer import Transformer
 from tests.distributed import run_distributed
 from tests.launcher import spine
@@ -122,7 +123,7 @@ def test_resume_is_bitwise(tmp_path: Path) -> None:
 
 
 def weight_bytes(run_config: RunConfig) -> tuple[int, int, int]:
-    """Of a rank inside a step: parameters in FP8, others, and bytes of all tensors that hold weights, masters left out."""
+    """Of a rank inside a step: parameters in FP8, others, and bytes of all that holds weights, masters left out."""
     with process_group(run_config.train) as process:
         run = build(run_config, process)
         run_pipeline(run)  # after which what the products read is still there
@@ -139,6 +140,7 @@ def weight_bytes(run_config: RunConfig) -> tuple[int, int, int]:
             count(tensor.values)
             count(tensor.scales)
         for linear in linears:
+            assert isinstance(linear.fp8, FP8Layer)
             count(linear.fp8.kept._rounded.values)
         everything = sum(parameter.weight.numel() for parameter in run.model.parameters.values())
         return inside, everything - inside, sum(seen.values())
