@@ -124,8 +124,8 @@ def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
     """Reduce-scatter of FP32 gradients, AdamW on the shard, all-gather of weights; nothing of it hidden.
 
     Weights that are held in FP8 alone are gathered in one byte, their masters read twice more to round them, and their
-    bytes transposed. With masters in host memory reduced gradients cross PCIe, and weights back, in FP32 where they are
-    rounded on the GPU; the update is taken to run at PCIe's rate too, near which a GPU's share of its machine's memory
+    bytes transposed. With masters in host memory reduced gradients cross PCIe, and weights back, twice in FP32 where
+    they are rounded on the GPU; the update is taken to run at PCIe's rate too, near which a GPU's share of its machine's memory
     lies. For an average of the weights the masters are copied there; the averaging is beside the next step.
 
     A group of more ranks than a node is taken to use all adapters of its nodes (rings through every adapter), so that
@@ -147,7 +147,7 @@ def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
         host = 0.0
         if job.offload:
             moved = h.parameters * (4 + element) + shard * 4
-            host = shard * (3 * 4 + 4 * job.moments_bytes) + shard * (4 + (4 if h.alone else element))
+            host = shard * (3 * 4 + 4 * job.moments_bytes) + shard * (4 + (2 * 4 if h.alone else element))
         if h.alone:
             moved += 2 * 4 * shard + 2 * h.parameters
         if job.ema:
