@@ -125,8 +125,9 @@ def end_of_step(job: Job, held: tuple[Holding, ...]) -> EndOfStep:
 
     Weights that are held in FP8 alone are gathered in one byte, their masters read twice more to round them, and their
     bytes transposed. With masters in host memory reduced gradients cross PCIe, and weights back, twice in FP32 where
-    they are rounded on the GPU; the update is taken to run at PCIe's rate too, near which a GPU's share of its machine's memory
-    lies. For an average of the weights the masters are copied there; the averaging is beside the next step.
+    they are rounded on the GPU; the update is taken to run at PCIe's rate too, near which a GPU's share of its
+    machine's memory lies. For an average of the weights the masters are copied there; the averaging is beside the next
+    step.
 
     A group of more ranks than a node is taken to use all adapters of its nodes (rings through every adapter), so that
     NVLink bounds it; the experts' groups have one rank on a node, each with one adapter.
