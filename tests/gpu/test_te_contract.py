@@ -78,6 +78,21 @@ def both(engine: Any, *sizes: int) -> tuple[Any, Any]:
     return oracle, theirs
 
 
+def compare(oracle: Any, theirs: Any, sizes: Any, counts: Any, *, spread: bool = False) -> None:
+    """Output and both gradients of the same rows, weight gradients from zero."""
+    rows = sum(counts) if counts else 300
+    x, grad = data(rows, sizes[-2], seed=1, spread=spread), data(rows, sizes[-1], seed=2, spread=spread)
+    results = []
+    for layer, device in ((oracle, "cpu"), (theirs, "cuda")):
+        main_grad(layer.weight).zero_()
+        leaf = x.to(device).requires_grad_()
+        y = layer(leaf, counts) if counts else layer(leaf)
+        y.backward(grad.to(device))
+        results.append((y.detach(), leaf.grad, layer.weight.main_grad))
+    for name, expected, found in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
+        assert relative(found, expected) < BAR, name
+
+
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(("sizes", "counts"), [
     ((512, 384), None),
@@ -86,16 +101,7 @@ def both(engine: Any, *sizes: int) -> tuple[Any, Any]:
 ])  # fmt: skip
 def test_products_agree(engine: Any, sizes: Any, counts: Any, spread: bool) -> None:
     oracle, theirs = both(engine, *sizes)
-    rows = sum(counts) if counts else 300
-    x, grad = data(rows, sizes[-2], seed=1, spread=spread), data(rows, sizes[-1], seed=2, spread=spread)
-    results = []
-    for layer, device in ((oracle, "cpu"), (theirs, "cuda")):
-        leaf = x.to(device).requires_grad_()
-        y = layer(leaf, counts) if counts else layer(leaf)
-        y.backward(grad.to(device))
-        results.append((y.detach(), leaf.grad, layer.weight.main_grad))
-    for name, expected, found in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
-        assert relative(found, expected) < BAR, name
+    compare(oracle, theirs, sizes, counts, spread=spread)
 
 
 @pytest.mark.parametrize(("sizes", "counts"), [((512, 576), None), ((4, 512, 384), (130, 0, 128, 70))])
@@ -113,23 +119,14 @@ def test_weights_in_fp8_alone(engine: Any, sizes: Any, counts: Any) -> None:
     oracle.fp8, theirs.fp8 = FP8Layer(RECIPE), TransformerEngineLinear(te, recipe, theirs.weight, rounded=True)
     oracle.fp8.take_weight(tensor)
     theirs.fp8.take_weight(on_gpu)
-    rows = sum(counts) if counts else 300
-    x, grad = data(rows, sizes[-2], seed=1, spread=False), data(rows, sizes[-1], seed=2, spread=False)
     for master in masters:
         fresh = blocks.quantise(master)
         for held in (tensor, on_gpu):
             held.values.copy_(fresh.values)
             held.scales.copy_(fresh.scales)
-        results = []
-        for layer, device in ((oracle, "cpu"), (theirs, "cuda")):
+        for layer in (oracle, theirs):
             layer.fp8.weights_changed()
-            main_grad(layer.weight).zero_()
-            leaf = x.to(device).requires_grad_()
-            y = layer(leaf, counts) if counts else layer(leaf)
-            y.backward(grad.to(device))
-            results.append((y.detach(), leaf.grad, layer.weight.main_grad))
-        for name, expected, found in zip(("output", "input gradient", "weight gradient"), *results, strict=True):
-            assert relative(found, expected) < BAR, name
+        compare(oracle, theirs, sizes, counts)
 
 
 def test_put_off_weight_gradients_add_up(engine: Any) -> None:
