@@ -2,9 +2,9 @@
 
     python -m tests.bench.fp8_gap --steps 2000 --out runs/fp8_gap experiment=single
 
-trains both one after the other (each goes on from its last checkpoint when called again) and prints the relative gap
-of the mean loss over the last 100 steps, with the gap of every tenth of the run. Exit 1 where it is not below the
-report's 0.25%.
+trains both one after the other (each goes on from its last checkpoint when called again), prints the relative gap of
+the mean loss over the last 100 steps, with the gap of every tenth of the run, and draws OUT/gap.png. Exit 1 where it is
+not below the report's 0.25%.
 """
 
 import json
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.record.events import StepEvent, read
+from launcher.show.pictures import BLUE, GRID, INK, MUTED, ORANGE, new_figure, save_figure
 
 BAR = 0.0025  # report section 3.3: relative loss error against BF16
 LAST = 100
@@ -50,6 +51,44 @@ def gap(bf16: Sequence[StepEvent], fp8: Sequence[StepEvent], *, last: int = LAST
     )
 
 
+def windows(bf16: Sequence[StepEvent], fp8: Sequence[StepEvent], length: int) -> list[tuple[int, float]]:
+    """Last step and relative gap of the mean losses of every whole window of so many steps."""
+    found = []
+    for start in range(0, len(bf16) - length + 1, length):
+        part = slice(start, start + length)
+        means = [statistics.fmean(event.loss for event in run[part]) for run in (bf16, fp8)]
+        found.append((bf16[start + length - 1].step, means[1] / means[0] - 1))
+    return found
+
+
+def draw_png(bf16: Sequence[StepEvent], fp8: Sequence[StepEvent], path: Path, *, length: int = LAST) -> None:
+    """Both losses by steps, and below the gap of every window between the bars."""
+    figure = new_figure(10.0, 5.0)
+    figure.subplots_adjust(left=0.075, right=0.985, top=0.97, bottom=0.1, hspace=0.14)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for run, name, colour, width in ((bf16, "BF16", INK, 3.0), (fp8, "FP8", ORANGE, 1.2)):
+        steps, losses = [event.step for event in run], [event.loss for event in run]
+        above.plot(steps, losses, color=colour, linewidth=0.5, alpha=0.25)
+        size = min(20, len(losses))
+        means = [statistics.fmean(losses[end - size : end]) for end in range(size, len(losses) + 1)]
+        above.plot(steps[size - 1 :], means, color=colour, linewidth=width, label=f"{name}, mean of {size} steps")
+    above.set_ylabel("nats a token", fontsize=9, color=MUTED)
+    above.legend(frameon=False, fontsize=9, labelcolor=INK)
+    ends, gaps = zip(*windows(bf16, fp8, min(length, len(bf16))), strict=True)
+    below.plot(ends, [100 * value for value in gaps], color=BLUE, marker="o", markersize=4, linewidth=1.4)
+    for bar in (-BAR, BAR):
+        below.axhline(100 * bar, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    below.axhline(0, color=MUTED, linewidth=0.8)
+    below.set_ylabel(f"FP8 over BF16, %,\nby {length} steps", fontsize=9, color=MUTED)
+    below.set_xlabel("step", fontsize=9, color=MUTED)
+    for axes in (above, below):
+        axes.tick_params(labelsize=8.5, colors=MUTED, length=0)
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+    save_figure(figure, path)
+
+
 def train(precision: str, folder: Path, steps: int, overrides: Sequence[str]) -> list[StepEvent]:
     """One run to its end; the steps it logged."""
     run = folder / precision
@@ -66,8 +105,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", default=["experiment=single"])
     args = parser.parse_intermixed_args()
-    runs = [train(precision, args.out, args.steps, args.overrides) for precision in ("bf16", "fp8")]
-    found = gap(*runs, last=args.last)
+    bf16, fp8 = (train(precision, args.out, args.steps, args.overrides) for precision in ("bf16", "fp8"))
+    found = gap(bf16, fp8, last=args.last)
+    draw_png(bf16, fp8, args.out / "gap.png", length=args.last)
     print(json.dumps(vars(found)))
     return int(not abs(found.relative) < BAR)
 

@@ -6,7 +6,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.record.events import StepEvent
-from tests.bench.fp8_gap import BAR, gap, train
+from tests.bench.fp8_gap import BAR, draw_png, gap, train, windows
 
 
 def log(losses: list[float]) -> list[StepEvent]:
@@ -20,6 +20,14 @@ def log(losses: list[float]) -> list[StepEvent]:
 def test_gap_of_the_last_steps() -> None:
     found = gap(log([8.0] * 10 + [4.0] * 10), log([9.0] * 10 + [4.04] * 10), last=10)
     assert found.relative == pytest.approx(0.01) and found.by_tenth[0] == pytest.approx(0.125)
+
+
+def test_gaps_by_windows_and_their_picture(tmp_path: Path) -> None:
+    wide, narrow = log([4.0] * 25), log([4.0] * 10 + [4.2] * 15)
+    found = windows(wide, narrow, 10)
+    assert [step for step, _ in found] == [10, 20] and found[0][1] == 0 and found[1][1] == pytest.approx(0.05)
+    draw_png(wide, narrow, tmp_path / "gap.png", length=10)
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_logs_of_other_steps_are_refused() -> None:
