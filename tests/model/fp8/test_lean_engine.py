@@ -19,7 +19,7 @@ from model.fp8.lean_engine import ColumnsOnly, LeanEngineLinear
 from model.fp8.transformer_engine import TransformerEngineLinear
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import main_grad
-from tests.model.fp8.test_transformer_engine import STAND, StandGrouped, StandLinear
+from tests.model.fp8.stand_engine import STAND, StandGrouped, StandLinear
 from tests.model.wheel import (
     call_of,
     calls_of,
