@@ -14,6 +14,7 @@ from model.fp8.config import FP8Config
 from model.fp8.deep_gemm import DeepGEMMGrouped, apply_deep_gemm, load_deep_gemm
 from model.fp8.formats import Scales
 from model.fp8.linear import FP8Layer, FP8Recipe, InputCache
+from model.fp8.weights import WeightBlocks, no_numbers
 from model.linear import GroupedLinear, Linear
 from model.weight_grad import main_grad, set_sink
 from parallel.pipeline.weight_grad import DeferredSink
@@ -132,6 +133,30 @@ def test_a_weight_is_rounded_once_a_step() -> None:
     assert layer.rounded_weight(ours.weight) is first
     layer.weights_changed()
     assert layer.rounded_weight(ours.weight) is not first
+
+
+@pytest.mark.parametrize("scales", ["pow2", "fp32"])
+def test_a_given_weight_is_read_as_a_rounded_one(scales: str) -> None:
+    """The bytes that are given, no copy of them, and what they become after an update."""
+    results = []
+    _, layer = pair(scales)
+    product: Any = layer.fp8
+    for given in (False, True):
+        layer.weight.main_grad = None  # type: ignore[attr-defined]
+        if given:
+            tensor = WeightBlocks(tuple(layer.weight.shape), product.blocks).quantise(layer.weight)
+            layer.weight.data = no_numbers(layer.weight, torch.bfloat16)
+            product.take_weight(tensor)
+            assert product.rounded_weight(layer.weight)[0].data_ptr() == tensor.values.data_ptr()
+        leaf = data(sum(COUNTS), 384, 1).requires_grad_()
+        y = layer(leaf, COUNTS)
+        y.backward(data(sum(COUNTS), 256, 2))
+        results.append((y.detach(), leaf.grad, main_grad(layer.weight)))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+    before = product.rounded_weight(layer.weight)[1].clone()
+    product._given.scales.add_(1)
+    product.weights_changed()
+    assert not torch.equal(product.rounded_weight(layer.weight)[1], before)
 
 
 def test_only_experts_change(monkeypatch: pytest.MonkeyPatch) -> None:
