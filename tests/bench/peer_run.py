@@ -7,9 +7,10 @@ trains `experiment=demo` both ways, one after the other, each going on where an 
 JSON object and draws OUT/peer_run.png. `--side ours` or `--side peer` does one of them, `--side report` none.
 
 Two runs that differ by rounding alone part within fifty steps and end apart: one pair cannot tell a fault from chance.
-`--again train.rowwise=native` (any number of times, each with overrides that change nothing but rounding) trains ours
-once more in OUT/again-1, ...; what is compared then is the mean of ours, and `ours_apart_at_marks` is the
-largest distance between two of them. `--side again` does these alone.
+`--again train.rowwise=native` (any number of times, each with overrides that change nothing but rounding; one that
+changes a step's tokens is refused) trains ours once more in OUT/again-1, ...; `--peer-again 4` theirs, in micro-batches
+of 4, in OUT/peer-again-1, .... What is compared then are the means, and `ours_apart_at_marks` is the largest distance
+between two of ours. `--side again` and `--side peer-again` do these alone.
 
 The same on both sides: initial weights, windows and their order, batch sizes, learning rate, MTP and its weight, the
 sequence-wise balance loss, the biases' updates, decayed parameters, clipping, AdamW's betas and epsilon, held-out text.
@@ -23,21 +24,19 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from data.baselines import bits_per_byte
 from data.loader import Loader
-from data.tokens import Manifest, TokenFile, sibling
+from data.tokens import TokenFile, sibling
 from launcher.check.run import checked
 from launcher.config import RunConfig
 from launcher.inference import heldout_nats, load_model
@@ -46,34 +45,10 @@ from launcher.step_plan import StepPlan
 from model.transformer import Microbatch
 from optim.schedule import value_at
 from tests.bench.peer_model import Peer
+from tests.bench.peer_report import Row, Side, draw, heldout_prefix, report
 
 ROOT = Path(__file__).parents[2]
 HELDOUT_BATCH = 16
-LAST = 50  # steps at the end over which the experts' load is averaged
-BALANCED, EQUAL = 1.5, 0.01
-NOT_THE_SAME = "moments and weights in BF16 here, FP32 under autocast there; kernels; size of micro-batches"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One step. load: largest over mean load of each MoE layer, the MTP module's last."""
-
-    step: int
-    tokens: int
-    loss: float
-    mtp_loss: float | None
-    seconds: float
-    load: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side's run: its steps, held-out nats a token after `marks`, seconds of CPU."""
-
-    rows: list[Row]
-    marks: list[int]
-    heldout: list[float]
-    cpu_seconds: float
 
 
 def marks_of(steps: int, number: int) -> list[int]:
@@ -82,14 +57,20 @@ def marks_of(steps: int, number: int) -> list[int]:
     return [*range(every, steps, every), steps]
 
 
-def apart(sides: Sequence[Side]) -> list[float]:
-    """At each mark the largest held-out loss over the smallest, less 1."""
-    return [max(at) / min(at) - 1 for at in zip(*(side.heldout for side in sides), strict=True)]
-
-
-def heldout_prefix(config: RunConfig) -> Path:
-    """The held-out set beside the training set."""
-    return Path(config.data.prefix).with_name("heldout")
+def other_tokens(config: RunConfig, other: RunConfig) -> str | None:
+    """Where the two runs part in what their steps are made of, for a message; None if they never do."""
+    steps = config.train.steps
+    if other.train.steps != steps:
+        return f"{other.train.steps} steps, not {steps}"
+    first, second = StepPlan(config), StepPlan(other)
+    tokens = 0
+    for step in range(1, steps + 1):
+        here, there = first.at(tokens), second.at(tokens)
+        if (here.batch, here.sequence_length) != (there.batch, there.sequence_length):
+            found = f"{there.batch} sequences of {there.sequence_length} tokens"
+            return f"step {step} has {found}, not {here.batch} of {here.sequence_length}"
+        tokens += here.tokens
+    return None
 
 
 # --- ours --------------------------------------------------------------------------------------------------------
@@ -237,100 +218,17 @@ class PeerRun:
         return Side(self.rows(), list(marks), [self.heldout[str(step)] for step in marks], self.cpu_seconds)
 
 
-# --- what came of it ---------------------------------------------------------------------------------------------
-
-
-def report(config: RunConfig, mine: Side, theirs: Side, again: Sequence[Side] = ()) -> dict[str, Any]:
-    """The JSON object: held-out losses at equal tokens, the gap of our mean; times and loads of the first of ours."""
-    prefix = heldout_prefix(config)
-    predicted = TokenFile(prefix).num_tokens - 1
-    text_bytes = Manifest.read(prefix).text_bytes
-
-    def described(side: Side) -> dict[str, Any]:
-        seconds = [row.seconds for row in side.rows]
-        loads = [statistics.fmean(layer) for layer in zip(*(row.load for row in side.rows[-LAST:]), strict=True)]
-        per_byte = [bits_per_byte(nats, num_tokens=predicted, text_bytes=text_bytes) for nats in side.heldout]
-        return {
-            "heldout_nats_per_token": side.heldout,
-            "heldout_bits_per_byte": per_byte,
-            "step_seconds_total": sum(seconds),
-            "step_seconds_median": statistics.median(seconds),
-            "cpu_seconds": side.cpu_seconds,
-            "expert_load_max_over_mean_at_end": loads,
-            "first_loss": side.rows[0].loss,
-            "last_loss": side.rows[-1].loss,
-        }
-
-    runs = [mine, *again]
-    means = [statistics.fmean(at) for at in zip(*(side.heldout for side in runs), strict=True)]
-    gaps = [a / b - 1 for a, b in zip(means, theirs.heldout, strict=True)]
-    tokens = {row.step: row.tokens for row in mine.rows}
-    for side in (theirs, *again):
-        assert tokens == {row.step: row.tokens for row in side.rows}, "the runs have not seen the same tokens"
-    found: dict[str, Any] = {"ours": described(mine), "transformers": described(theirs)}
-    if again:
-        found |= {"ours_again": [described(side) for side in again], "ours_apart_at_marks": apart(runs)}
-    loads = found["ours"]["expert_load_max_over_mean_at_end"]
-    return {
-        "bench": "peer_run",
-        "experiment": config.name,
-        "steps": mine.rows[-1].step,
-        "tokens_at_marks": [tokens[step] for step in mine.marks],
-        **found,
-        "relative_gap_at_marks": gaps,
-        "equal_at_end": abs(gaps[-1]) < EQUAL,
-        "time_ratio": found["transformers"]["step_seconds_total"] / found["ours"]["step_seconds_total"],
-        "cpu_ratio": found["transformers"]["cpu_seconds"] / found["ours"]["cpu_seconds"],
-        "balanced_at_end": max(loads, default=1.0) < BALANCED,
-        "not_the_same": NOT_THE_SAME,
-    }
-
-
-def draw(path: Path, title: str, mine: Side, theirs: Side, again: Sequence[Side] = ()) -> None:
-    """Held-out loss by tokens and by time of the steps, training loss behind it, expert load below its bar."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    more = [(side, f"ours, rounded otherwise {number}", f"C{1 + number}") for number, side in enumerate(again, start=1)]
-    for side, name, colour in ((mine, "ours", "C0"), (theirs, "transformers", "C1"), *more):
-        tokens = np.array([row.tokens for row in side.rows]) / 1e6
-        hours = np.cumsum([row.seconds for row in side.rows]) / 3600
-        at = [row.step - 1 for row in side.rows if row.step in side.marks]
-        axes[0].plot(tokens, [row.loss for row in side.rows], colour, alpha=0.2, linewidth=0.6)
-        axes[0].plot(tokens[at], side.heldout, colour, marker="o", label=f"{name}, held out")
-        axes[1].plot(hours[at], side.heldout, colour, marker="o", label=name)
-        worst = np.array([max(row.load, default=1.0) for row in side.rows])
-        width = min(LAST, len(worst))
-        even = np.convolve(worst, np.full(width, 1 / width), mode="valid")
-        axes[2].plot(tokens, worst, colour, alpha=0.2, linewidth=0.6)
-        axes[2].plot(tokens[width - 1 :], even, colour, label=f"{name}, mean of {width} steps")
-    axes[2].axhline(BALANCED, color="0.5", linewidth=0.8)
-    for axis, x, y in zip(
-        axes,
-        ("million tokens", "hours of steps", "million tokens"),
-        ("nats a token", "held-out nats a token", "busiest expert over mean, worst layer"),
-        strict=True,
-    ):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        axis.legend(frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main(argv: Sequence[str]) -> int:
     """Both sides, or what `--side` names; the exit code: 1 where the runs are not equal within 1%."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--side", choices=("both", "ours", "again", "peer", "report"), default="both")
+    sides = ("both", "ours", "again", "peer", "peer-again", "report")
+    parser.add_argument("--side", choices=sides, default="both")
     parser.add_argument("--again", action="append", default=[], metavar="OVERRIDES", help="ours once more, with these")
     parser.add_argument("--marks", type=int, default=8, help="times that the held-out text is scored")
     parser.add_argument("--experts", default="grouped_mm", help="transformers' experts_implementation")
     parser.add_argument("--peer-micro-batch", type=int, default=8, help="sequences at once on the peer's side")
+    parser.add_argument("--peer-again", action="append", type=int, default=[], help="theirs once more, so many at once")
     parser.add_argument("overrides", nargs="*", default=[])
     arguments = parser.parse_intermixed_args(argv)
     chosen = any(override.startswith("experiment=") for override in arguments.overrides)
@@ -344,6 +242,9 @@ def main(argv: Sequence[str]) -> int:
     again = [named(f"again-{number}", more.split()) for number, more in enumerate(arguments.again, start=1)]
     assert sibling(heldout_prefix(config), ".json").exists(), f"{heldout_prefix(config)}: no held-out set there"
     marks = marks_of(config.train.steps, arguments.marks)
+    for more, other in again:
+        if (problem := other_tokens(config, other)) is not None:
+            raise SystemExit(f"--again {' '.join(more[len(overrides) :])!r} changes more than rounding: {problem}")
     if arguments.side in ("both", "ours"):
         train_ours(words, config, marks)
     if arguments.side in ("both", "again"):
@@ -351,14 +252,24 @@ def main(argv: Sequence[str]) -> int:
             train_ours(more, other, marks)
     if arguments.side in ("ours", "again"):
         return 0
-    peer = PeerRun(config, arguments.out / "peer", experts=arguments.experts, micro_batch=arguments.peer_micro_batch)
+    peers = [
+        PeerRun(config, arguments.out / folder, experts=arguments.experts, micro_batch=size)
+        for folder, size in (
+            ("peer", arguments.peer_micro_batch),
+            *((f"peer-again-{number}", size) for number, size in enumerate(arguments.peer_again, start=1)),
+        )
+    ]
     if arguments.side in ("both", "peer"):
-        peer.train(marks)
-    if arguments.side == "peer":
+        peers[0].train(marks)
+    if arguments.side in ("both", "peer-again"):
+        for peer in peers[1:]:
+            peer.train(marks)
+    if arguments.side in ("peer", "peer-again"):
         return 0
-    mine, theirs, others = ours(config, marks), peer.side(marks), [ours(other, marks) for _, other in again]
-    result = report(config, mine, theirs, others)
-    draw(arguments.out / "peer_run.png", f"{config.name}: ours and transformers", mine, theirs, others)
+    mine = [ours(each, marks) for each in (config, *(other for _, other in again))]
+    theirs = [peer.side(marks) for peer in peers]
+    result = report(config, mine, theirs)
+    draw(arguments.out / "peer_run.png", f"{config.name}: ours and transformers", mine, theirs)
     (arguments.out / "peer_run.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 0 if result["equal_at_end"] else 1
